@@ -156,6 +156,16 @@ def plan_microbatches(lengths: list[int], budget: int, ranks: int = 1) -> list[l
     return plan
 
 
+def plan_summary(lengths: list[int], budget: int, plan: list[list[list[int]]]) -> dict[str, float]:
+    """How full the micro-batches of a plan are, and by how much the busiest rank exceeds the mean."""
+    load = [sum(cost(lengths[i]) for b in rank for i in b) for rank in plan]
+    return {
+        "perf/microbatches": len(plan[0]),
+        "perf/pack_fill": sum(lengths) / (budget * len(plan[0]) * len(plan)),
+        "perf/rank_imbalance": max(load) * len(load) / sum(load) - 1,
+    }
+
+
 TASKS = {  # task -> loader(split, seed, template)
     "countdown": countdown,  # 3 or 4 numbers up to 99, as in TinyZero
     "countdown3": partial(countdown, sizes=(3,), max_number=20, train=10_000),  # for models of 1M parameters

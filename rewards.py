@@ -93,6 +93,16 @@ def score(texts: list[str], rows: list[dict], finished: list[bool] | None = None
     return results
 
 
+def summary(scored: list[dict]) -> dict[str, float]:
+    """Means of "reward" and of every other number in the results. Our own failures ("infra") are counted, and left out."""
+    sound = [r for r in scored if r["status"] != "infra"]
+    row = {f"reward/{status}_frac": sum(r["status"] == status for r in scored) / len(scored) for status in ("infra", "timeout")}
+    for part in sorted({part for r in sound for part in r} - {"status"}):
+        values = [r[part] for r in sound if part in r]
+        row["reward/mean" if part == "reward" else f"reward/{part}"] = sum(values) / len(values)
+    return row
+
+
 REWARDS = {"countdown": countdown}  # task -> reward of one response
 
 if __name__ == "__main__":  # python rewards.py: what the reward says of a few typical and hostile answers

@@ -1,0 +1,328 @@
+"""The same numbers with less time and memory.
+
+Owns: ranks and shards (FSDP2), packed rows and attention on them, sequence parallelism (Ulysses), log-probs and entropy
+without logits, Liger's patches. Each has a plain specification that the tests hold it to.
+Refuses to know: what the numbers are for (advantages, losses, rewards).
+Left out on purpose: custom Triton. torch's varlen attention and Liger are kept by people who do nothing else.
+
+This file shares its name with Hugging Face's `kernels` package: see the guard at the top of ppo.py. Keep it importable
+without side effects, and never define __version__ here.
+"""
+# T tokens of a packed row   K response tokens among them   H heads   D head size or hidden size   V vocabulary
+import importlib.util
+import os
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.nn.functional import scaled_dot_product_attention
+
+# --------------------------------------------------------------------------------------------------- ranks and shards
+
+
+class Ranks(NamedTuple):
+    """Ranks 0..sp-1 share packed row 0, the next sp ranks row 1, and so on."""
+
+    rank: int = 0
+    world: int = 1
+    row: int = 0  # rank // sp
+    rows: int = 1  # world // sp
+    sp_rank: int = 0
+    sp: int = 1
+    sp_group: dist.ProcessGroup | None = None
+
+
+def start_ranks(bf16: bool, sp: int):
+    """(Accelerator, Ranks). Under torchrun, whatever the number of processes, models are sharded by FSDP2: over nccl on
+    GPUs, over gloo on CPU. Without torchrun this is one plain process."""
+    from accelerate import Accelerator, FullyShardedDataParallelPlugin
+    from accelerate.state import PartialState
+    from accelerate.utils import DistributedType
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
+    precision = "bf16" if bf16 else "no"
+    if "RANK" not in os.environ:
+        return Accelerator(cpu=not torch.cuda.is_available(), mixed_precision=precision), Ranks()
+    if not torch.cuda.is_available():
+        # Accelerate ignores an FSDP plugin on CPU, silently. Under this label it takes the same path as on GPUs.
+        PartialState(cpu=True)
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+    plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2,
+        auto_wrap_policy="transformer_based_wrap",
+        # Accelerate's own policy for bf16 would round outputs (log-probs, that is) and gradient sums to bf16 as well
+        mixed_precision_policy=MixedPrecisionPolicy(torch.bfloat16, torch.float32) if bf16 else None,
+    )
+    accelerator = Accelerator(fsdp_plugin=plugin, mixed_precision=precision)
+    rank, world, group = accelerator.process_index, accelerator.num_processes, None
+    if sp > 1:  # new_group is collective: every rank makes every group
+        group = [dist.new_group(list(range(first, first + sp))) for first in range(0, world, sp)][rank // sp]
+    return accelerator, Ranks(rank, world, rank // sp, world // sp, rank % sp, sp, group)
+
+
+def shard(model: nn.Module, accelerator) -> nn.Module:
+    from accelerate.utils.fsdp_utils import fsdp2_prepare_model  # prepare() takes no frozen model, this takes any
+
+    return fsdp2_prepare_model(accelerator, model) if accelerator.is_fsdp2 else accelerator.prepare_model(model)
+
+
+def full_weights(model: nn.Module, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    """(Hugging Face name, whole tensor), one alive at a time; collective. A tied head comes once, as the embedding.
+    Cast before gathering: half the bytes to send in bf16."""
+    for name, p in model.named_parameters():
+        p = p.detach().to(dtype)
+        yield name, p.full_tensor() if isinstance(p, DTensor) else p
+
+
+def gather(items: list, ranks: Ranks) -> list:
+    """The lists of all ranks, joined in rank order, on every rank."""
+    parts: list = [items]
+    if ranks.world > 1:
+        parts = [None] * ranks.world
+        dist.all_gather_object(parts, items)
+    return [item for part in parts for item in part]
+
+
+# ------------------------------------------------------------------------------------------------------- packed rows
+
+
+class Packed(NamedTuple):
+    """One micro-batch: sequences end to end in a single row, without padding between them."""
+
+    ids: Tensor  # (1, T) long, this rank's slice of the row when sequence-parallel
+    position_ids: Tensor  # (1, T) long, restarting at 0 with every sequence
+    keep: Tensor  # (K,) slots of this slice whose next token is a response token
+    targets: Tensor  # (K,) long, those next tokens
+    index: Tensor  # (K,) where they stand in a flattened (B, T_max) tensor
+    cu_seqlens: Tensor  # (N + 1,) int32, sequence boundaries in the whole row
+    max_seqlen: int
+
+
+def pack(ids: Tensor, mask: Tensor, lengths: list[int], rows: list[int], sp_rank: int = 0, sp: int = 1) -> Packed:
+    """Packs sequences `rows` of ids (B, T_max), each `lengths[b]` tokens long. This is the one place where outputs
+    are shifted: the slot that reads token t - 1 predicts token t, so a sequence's last token is never fed, and
+    whatever a model returns for `keep` belongs at `index`, which is about token t. An empty `rows` gives a row
+    that keeps nothing: ranks without work still have to join FSDP's collectives.
+    """
+    device, width = ids.device, ids.shape[1]
+    fed = [lengths[b] - 1 for b in rows]
+    parts = [ids[b, :n] for b, n in zip(rows, fed)]
+    places = [torch.arange(b * width + 1, b * width + n + 1, device=device) for b, n in zip(rows, fed)]
+    spare = -sum(fed) % sp if rows else sp  # slots without a target that make T a multiple of sp
+    if spare:
+        parts.append(torch.zeros(spare, dtype=torch.long, device=device))
+        places.append(torch.full((spare,), -1, device=device))
+        fed = fed + [spare]
+    row, place = torch.cat(parts), torch.cat(places)
+    position = torch.cat([torch.arange(n, device=device) for n in fed])
+    share = slice(sp_rank * len(row) // sp, (sp_rank + 1) * len(row) // sp)
+    row, place, position = row[share], place[share], position[share]
+    keep = ((place >= 0) & mask.flatten()[place.clamp(min=0)]).nonzero()[:, 0]
+    index = place[keep]
+    bounds = torch.tensor([0] + fed, device=device).cumsum(0).int()
+    return Packed(row[None], position[None], keep, ids.flatten()[index], index, bounds, max(fed))
+
+
+def unpack(parts: list[tuple[Tensor, Tensor]], like: Tensor, all_ranks: bool) -> Tensor:
+    """The way back: (index, value) parts of packed rows -> fp32 tensor shaped as `like` (B, T_max), 0 where nobody has a
+    value. `all_ranks` adds up the parts of all ranks."""
+    full = torch.zeros(like.shape, dtype=torch.float32, device=like.device)
+    for index, value in parts:
+        full.view(-1)[index] = value.detach()
+    if all_ranks:
+        dist.all_reduce(full)
+    return full
+
+
+def packed_forward(model: nn.Module, p: Packed, sp_group: dist.ProcessGroup | None, **options) -> Tensor:
+    """What the model's head says of one packed row, (slots, ...). No cache and no attention mask: with either,
+    transformers lets packed sequences see each other under every attention function but ours."""
+    where = {"cu_seqlens": p.cu_seqlens, "max_seqlen": p.max_seqlen, "sp_group": sp_group}
+    return model(input_ids=p.ids, position_ids=p.position_ids, use_cache=False, **where, **options).logits[0].float()
+
+
+def policy_forward(policy: nn.Module, p: Packed, temperature: float, sp_group=None) -> tuple[Tensor, Tensor]:
+    """Log-prob and entropy at every response token of a packed row, both (K,). The policy's head is a LogprobHead."""
+    policy.lm_head.targets, policy.lm_head.temperature = p.targets, temperature
+    return packed_forward(policy, p, sp_group, logits_to_keep=p.keep).unbind(-1)
+
+
+def critic_forward(critic: nn.Module, p: Packed, sp_group=None) -> Tensor:
+    """Values at every response token of a packed row, (K,)."""
+    return packed_forward(critic, p, sp_group)[p.keep, 0]
+
+
+# ---------------------------------------------------------------------------------------------- attention on packed rows
+
+
+def varlen_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float) -> Tensor:
+    """Causal attention inside each sequence of a packed row; q (T, Hq, D), k and v (T, Hkv, D) -> (T, Hq, D).
+    No (T, T) mask exists anywhere, so memory is linear in T and sequences cannot see each other."""
+    if not q.is_cuda:
+        return _varlen_cpu(q, k, v, cu_seqlens.tolist(), scale)
+    if _has_flash_attn():
+        from flash_attn import flash_attn_varlen_func
+
+        return flash_attn_varlen_func(
+            q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, softmax_scale=scale, causal=True
+        )
+    from torch.nn.attention.varlen import varlen_attn
+
+    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))  # torch < 2.12 has no enable_gqa
+    return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, scale=scale, window_size=(-1, 0))
+
+
+def _varlen_cpu(q: Tensor, k: Tensor, v: Tensor, bounds: list[int], scale: float) -> Tensor:
+    """Padded views of neighbours of similar length (at most a quarter of a view is padding), one sdpa call each.
+    A padded slot holds some later token: causal attention keeps it from every real query, and its output is dropped."""
+    out, first, count = [], 0, len(bounds) - 1
+    lengths = [b - a for a, b in zip(bounds, bounds[1:])]
+    while first < count:
+        last, longest, total = first, 0, 0
+        while last < count:
+            longest, total = max(longest, lengths[last]), total + lengths[last]
+            if total < 0.75 * longest * (last + 1 - first):
+                break
+            last += 1
+        width = max(lengths[first:last])
+        start = torch.tensor(bounds[first:last])[:, None]
+        real = torch.arange(width) < torch.tensor(lengths[first:last])[:, None]
+        slots = (start + torch.arange(width)).clamp(max=len(q) - 1)
+        view = (x[slots].transpose(1, 2) for x in (q, k, v))  # (sequences, heads, width, D)
+        attended = scaled_dot_product_attention(*view, is_causal=True, scale=scale, enable_gqa=True)
+        out.append(attended.transpose(1, 2)[real])
+        first = last
+    return torch.cat(out)
+
+
+class _AllToAll(torch.autograd.Function):
+    """Swaps a split of dimension `a` over the group for a split of dimension `b`; its gradient is the way back."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, group, a: int, b: int) -> Tensor:
+        ctx.args = group, a, b
+        slabs = torch.stack(x.chunk(dist.get_world_size(group), a)).contiguous()  # one for each peer
+        received = torch.empty_like(slabs)
+        dist.all_to_all_single(received, slabs, group=group)
+        return torch.cat(received.unbind(0), b)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        group, a, b = ctx.args
+        return _AllToAll.apply(grad, group, b, a), None, None, None
+
+
+def attention(module, query, key, value, attention_mask, scaling, cu_seqlens, max_seqlen, sp_group=None, **_):
+    """transformers' attention interface; query (1, H, T, D). With a group of n ranks, Ulysses (arXiv:2309.14509): each
+    rank holds T/n tokens of all heads outside attention, and all tokens of H/n heads inside it."""
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    if sp_group is None:
+        return varlen_attention(q, k, v, cu_seqlens, max_seqlen, scaling)[None], None
+    n = dist.get_world_size(sp_group)
+    if k.shape[1] % n:  # fewer kv heads than ranks: repeat them, each rank then holds a copy of the one it needs
+        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
+    q, k, v = (_AllToAll.apply(x, sp_group, 1, 0) for x in (q, k, v))
+    out = varlen_attention(q, k, v, cu_seqlens, max_seqlen, scaling)
+    return _AllToAll.apply(out, sp_group, 0, 1)[None], None
+
+
+def register_attention() -> str:
+    """Makes attn_implementation="varlen" known to transformers (which then builds no mask); says what runs inside."""
+    from transformers import AttentionInterface
+
+    AttentionInterface.register("varlen", attention)
+    if not torch.cuda.is_available():
+        return "per-sequence sdpa"
+    return "flash-attn varlen" if _has_flash_attn() else "torch varlen"
+
+
+def _has_flash_attn() -> bool:
+    return importlib.util.find_spec("flash_attn") is not None
+
+
+# ---------------------------------------------------------------------------- log-prob and entropy without the logits
+
+
+def token_logprobs_ref(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """The specification. hidden (K, D), weight (V, D), targets (K,) -> log-prob and entropy in nats, both (K,) fp32."""
+    logp = torch.log_softmax((hidden @ weight.T).float() / temperature, dim=-1)  # (K, V): the memory we do not want
+    return logp.gather(-1, targets[:, None])[:, 0], -(logp.exp() * logp).sum(-1)
+
+
+class _ChunkedLogprob(torch.autograd.Function):
+    """The same, a chunk of rows at a time; the backward pass computes each chunk's logits again.
+    Gradients with z = logits / temperature: d logp / dz = onehot - p,  d entropy / dz = -p (log p + entropy)."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, temperature, chunk):
+        wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        logprob = torch.empty(len(hidden), dtype=wide, device=hidden.device)
+        lse, entropy = torch.empty_like(logprob), torch.empty_like(logprob)
+        for s in range(0, len(hidden), chunk):
+            rows = slice(s, s + chunk)
+            z = (hidden[rows] @ weight.T).to(wide) / temperature
+            lse[rows] = z.logsumexp(-1)
+            logprob[rows] = z.gather(-1, targets[rows, None])[:, 0] - lse[rows]
+            entropy[rows] = lse[rows] - (z * (z - lse[rows, None]).exp()).sum(-1)
+        ctx.save_for_backward(hidden, weight, targets, lse, entropy)
+        ctx.args = temperature, chunk
+        return logprob, entropy
+
+    @staticmethod
+    def backward(ctx, grad_logprob, grad_entropy):
+        hidden, weight, targets, lse, entropy = ctx.saved_tensors
+        temperature, chunk = ctx.args
+        grad_hidden = torch.empty_like(hidden)
+        grad_weight = torch.zeros(weight.shape, dtype=lse.dtype, device=weight.device)
+        for s in range(0, len(hidden), chunk):
+            rows = slice(s, s + chunk)
+            logp = (hidden[rows] @ weight.T).to(lse.dtype) / temperature - lse[rows, None]
+            grad = -logp.exp() * (grad_logprob[rows, None] + grad_entropy[rows, None] * (logp + entropy[rows, None]))
+            grad.scatter_add_(-1, targets[rows, None], grad_logprob[rows, None])
+            grad = (grad / temperature).to(hidden.dtype)
+            grad_hidden[rows] = grad @ weight
+            grad_weight += grad.T @ hidden[rows]
+        return grad_hidden, grad_weight.to(weight.dtype), None, None, None
+
+
+def token_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """token_logprobs_ref in the memory of one chunk of logits (128 MB), differentiable in hidden and weight."""
+    chunk = max(1, (128 << 20) // (4 * len(weight)))
+    return _ChunkedLogprob.apply(hidden, weight, targets, temperature, chunk)
+
+
+class LogprobHead(nn.Linear):
+    """An lm_head that answers with (log-prob, entropy) of given targets instead of logits: (1, K, 2) in place of
+    (1, K, V). Being the head itself, FSDP gathers its weight (and a tied embedding's) at the right time."""
+
+    targets: Tensor | None = None
+    temperature = 1.0
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        if self.targets is None:
+            return super().forward(hidden)
+        weight = self.weight
+        if torch.is_autocast_enabled(hidden.device.type):
+            hidden, weight = (x.to(torch.get_autocast_dtype(hidden.device.type)) for x in (hidden, weight))
+        return torch.stack(token_logprobs(hidden[0], weight, self.targets, self.temperature), dim=-1)[None]
+
+
+# ------------------------------------------------------------------------------------------------------------- Liger
+
+
+def apply_liger(model_type: str) -> str:
+    """Patches RMSNorm and SwiGLU of one architecture, before its models are made; RoPE stays off, as in the original
+    run. Says what was done. Liger's own fused cross entropy only acts when labels are passed, so never in PPO:
+    token_logprobs is what it promised."""
+    if not torch.cuda.is_available():
+        return "off (Triton kernels need a GPU)"
+    from liger_kernel.transformers import apply_liger_kernel_to_llama, apply_liger_kernel_to_qwen2, apply_liger_kernel_to_qwen3
+
+    patches = {"qwen2": apply_liger_kernel_to_qwen2, "qwen3": apply_liger_kernel_to_qwen3, "llama": apply_liger_kernel_to_llama}
+    if model_type not in patches:
+        return f"off (no patch for {model_type}; there are {sorted(patches)})"
+    patches[model_type](rope=False, cross_entropy=False, fused_linear_cross_entropy=False, rms_norm=True, swiglu=True)
+    return "RMSNorm, SwiGLU"

@@ -1,0 +1,198 @@
+"""Makes a tiny Hugging Face folder (Qwen2, 1M parameters) that knows a little Countdown: python tests/tiny.py DIR
+
+Owns: the tokenizer, the demonstrator whose worked answers warm the model up, and the supervised steps on them.
+Refuses to know: PPO. Everything follows from `seed`; steps=0 gives the random-initialised folder in two seconds.
+
+The demonstrator tries one expression after another until one fits, then answers with its last try:
+
+    <think>5*3=15 15+7=22          two equations a try: first two of the numbers, then their result with the third
+    20-15=5 7-5=2                  (always the larger one first, every result a whole number in 1..120)
+    </think><answer>7-(20-15)</answer><eos>
+
+Its tries are guesses: no value twice, and values near the target more often. Its impatience is on purpose: after half
+of its wrong tries it gives up and answers with the wrong one. So the model learns to calculate, to notice a fit and to
+answer with what it found, and it also learns to stop too early: what is left for PPO is to search until it fits.
+"""
+import argparse
+import json
+import random
+import re
+import sys
+import time
+from functools import cache
+from pathlib import Path
+
+import torch
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, trainers
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.modules["kernels"] = None  # our kernels.py has the name of a package that transformers looks for: see ppo.py
+import transformers.integrations.hub_kernels  # noqa: F401, E402
+
+del sys.modules["kernels"]
+from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer  # noqa: E402
+
+import data  # noqa: E402
+
+# ------------------------------------------------------------------------------------------------------- the tokenizer
+
+TAGS = ["<think>", "</think>", "<answer>", "</answer>"]  # one token each, but text: they must survive decoding
+NUMBERS = []
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% if message.role == 'assistant' %}"
+    "{{ eos_token }}{% endif %}{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+)
+
+
+def make_tokenizer() -> Qwen2Tokenizer:
+    """Qwen2's own tokenizer, every byte of the alphabet included, with merges for the words of our prompts only.
+
+    So each digit, each sign and each of those words (with the space before it) is one token, as is each tag.
+    """
+    text = re.sub(r"\{\w+\}|<.*?>", "", data.BASE_PROMPT + " " + data.CHAT_PROMPT)
+    words = re.findall(r" ?[A-Za-z]{2,}| [-+*/]", text) + ["system", "user", "assistant"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    trainer = trainers.BpeTrainer(special_tokens=["<pad>", "<eos>"], initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator(words, trainer)
+    learnt = json.loads(tokenizer.to_str())["model"]
+    tokenizer = Qwen2Tokenizer(
+        learnt["vocab"], [tuple(merge) for merge in learnt["merges"]], pad_token="<pad>", eos_token="<eos>",
+        unk_token=None, padding_side="left", model_max_length=512, chat_template=CHAT_TEMPLATE,
+    )
+    tokenizer.add_tokens([AddedToken(tag, special=False, normalized=False) for tag in TAGS + NUMBERS])
+    return tokenizer
+
+
+# ---------------------------------------------------------------------------------------------------- the demonstrator
+
+BOUND = 120  # no result above it: keeps the arithmetic that has to be learnt small
+FOCUS = 0.5  # how much more likely a try near the target is: weight (1 + distance) ** -FOCUS
+GIVE_UP = 0.5  # how often, after a wrong try
+PATIENT = 0.3  # of the answers never give up: see worked_answer
+MAX_TRIES = 10
+
+
+def combine(a: int, b: int) -> list[tuple[str, int]]:
+    """(operator, result) of every operator that may be used on a >= b."""
+    results = {"+": a + b, "-": a - b, "*": a * b, "/": a // b if a % b == 0 else 0}
+    return [(operator, result) for operator, result in results.items() if 0 < result <= BOUND]
+
+
+@cache
+def expressions(numbers: tuple[int, ...]) -> list[tuple[str, str, int]]:
+    """(the try as it is written, its expression, its value) for everything to be made out of three numbers."""
+    out = []
+    for i, c in enumerate(numbers):
+        a, b = sorted(numbers[:i] + numbers[i + 1 :], reverse=True)
+        for inner, x in combine(a, b):
+            for outer, value in combine(max(x, c), min(x, c)):
+                text = f"{a}{inner}{b}={x} {max(x, c)}{outer}{min(x, c)}={value}"
+                answer = f"({a}{inner}{b}){outer}{c}" if x >= c else f"{c}{outer}({a}{inner}{b})"
+                out.append((text, answer, value))
+    return out
+
+
+def worked_answer(row: dict, rng: random.Random) -> tuple[str, bool]:
+    """The text after the prompt, and whether its demonstrator was a patient one.
+
+    Patient ones keep calculating and stopping reliable late in a long search. They go on until a try fits (or the text
+    is cut off), and from them the model must not learn to go on: `make` leaves their newlines out of the loss.
+    """
+    target, options = row["answer"]["target"], expressions(tuple(sorted(row["answer"]["numbers"])))
+    patient, tries = rng.random() < PATIENT, []
+    while options and len(tries) < MAX_TRIES:
+        text, answer, value = rng.choices(options, [(1 + abs(o[2] - target)) ** -FOCUS for o in options])[0]
+        tries.append(text)
+        options = [option for option in options if option[2] != value]
+        if value == target or (not patient and rng.random() < GIVE_UP):
+            return "\n".join(tries) + f"</think><answer>{answer}</answer><eos>", patient
+    return "\n".join(tries), patient
+
+
+# ------------------------------------------------------------------------------------------------------------ the model
+
+
+def drill(rows: list[dict], rng: random.Random) -> str:
+    """Tries without a problem: nothing but arithmetic, to be learnt before anything else."""
+    return "\n".join(rng.choice(expressions(tuple(sorted(r["answer"]["numbers"]))))[0] for r in rng.choices(rows, k=DRILL_TRIES))
+
+
+def warm_up(model: Qwen2ForCausalLM, tokenizer: Qwen2Tokenizer, seed: int, steps: int) -> None:
+    """Supervised steps: first on results of drills, then on fresh worked answers (prompts are never learnt)."""
+    rows, rng = data.load("countdown3", "train", seed), random.Random(f"warm-up {seed}")
+    matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
+    others = [p for p in model.parameters() if not any(p is q for q in matrices)]
+    optimizers = [torch.optim.Muon(matrices, lr=MUON, weight_decay=0.0), torch.optim.AdamW(others, lr=LR, betas=(0.9, 0.95), weight_decay=0.0)]
+    ramp = lambda i: min(1.0, (i + 1) / 20, 1.5 * (1 - i / steps))  # noqa: E731
+    schedules = [torch.optim.lr_scheduler.LambdaLR(optimizer, ramp) for optimizer in optimizers]
+    newline, start, equals = tokenizer.convert_tokens_to_ids([ALPHABET["\n"], "<think>", "="])
+    digits = set(tokenizer.convert_tokens_to_ids(list("0123456789") + NUMBERS))
+    began = time.time()
+    for step in range(steps):
+        examples = []
+        for row in rng.choices(rows, k=BATCH):
+            if step < DRILLS * steps:
+                ids = tokenizer(drill(rows, rng))["input_ids"]
+                labels, on = [], False
+                for i in ids:
+                    labels.append(i if on else -100)
+                    on = i == equals or (on and i in digits)
+            else:
+                text, patient = worked_answer(row, rng)
+                ids = tokenizer(row["prompt"] + text)["input_ids"]
+                first = len(ids) - ids[::-1].index(start)
+                labels = [i if t >= first and not (patient and i == newline) else -100 for t, i in enumerate(ids)]
+            examples.append((ids, labels))
+        examples.sort(key=lambda example: len(example[0]))
+        total, count = 0.0, sum(label >= 0 for _, labels in examples for label in labels)
+        for k in range(0, BATCH, MICRO_BATCH):  # neighbours in length, so that little is spent on padding
+            part = examples[k : k + MICRO_BATCH]
+            length = len(part[-1][0])
+            ids = torch.tensor([ids + [0] * (length - len(ids)) for ids, _ in part])
+            labels = torch.tensor([labels + [-100] * (length - len(labels)) for _, labels in part])
+            # Padding is on the right, so that causal attention never sees it and no mask is needed.
+            loss = model(input_ids=ids, labels=labels, num_items_in_batch=count, use_cache=False).loss
+            loss.backward()
+            total += loss.item()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer, schedule in zip(optimizers, schedules):
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+        if (step + 1) % max(1, steps // 10) == 0:
+            left = (time.time() - began) / (step + 1) * (steps - step - 1)
+            print(f"step {step + 1}/{steps}  loss {total:.3f}  {left:.0f} s left", flush=True)
+
+
+MUON = 0.02
+DRILLS, DRILL_TRIES = 0.5, 8
+ALPHABET = {"\n": "\u010a"}
+STEPS, BATCH, MICRO_BATCH, LR = 600, 16, 8, 3e-3
+
+
+def make(path: str | Path, seed: int = 0, steps: int = STEPS, tie: bool = True) -> None:
+    """Writes the folder. `tie`: input and output embeddings are one matrix, as in the small Qwen2 models."""
+    torch.manual_seed(seed)
+    tokenizer = make_tokenizer()
+    special = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id, "bos_token_id": None}
+    config = Qwen2Config(
+        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=4, max_position_embeddings=512, initializer_range=0.08, tie_word_embeddings=tie, **special,
+    )  # heads of 32: the smallest that vLLM's attention for CPUs takes
+    model = Qwen2ForCausalLM(config)
+    if steps:
+        warm_up(model, tokenizer, seed, steps)
+    model.generation_config = GenerationConfig(do_sample=True, **special)
+    model.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("path", metavar="DIR")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=int, default=STEPS)
+    arguments = parser.parse_args()
+    make(arguments.path, arguments.seed, arguments.steps)
