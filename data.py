@@ -120,7 +120,8 @@ def plan_microbatches(lengths: list[int], budget: int, ranks: int = 1) -> list[l
     """
     longest = max(lengths, default=0)
     if longest > budget:
-        raise ValueError(f"a sequence of {longest} tokens does not fit the budget of {budget}: raise --max_tokens_per_microbatch")
+        fix = "raise --max_tokens_per_microbatch"
+        raise ValueError(f"a sequence of {longest} tokens does not fit the budget of {budget} a micro-batch: {fix}")
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
 
     bins: list[list[int]] = []  # first fit, longest first
@@ -147,7 +148,7 @@ def plan_microbatches(lengths: list[int], budget: int, ranks: int = 1) -> list[l
         load[k] += cost(lengths[i])
 
     weight = [sum(cost(lengths[i]) for i in b) for b in even]
-    plan: list[list[list[int]]] = [[] for _ in range(ranks)]  # dearest bin to the least loaded rank that still has a slot
+    plan: list[list[list[int]]] = [[] for _ in range(ranks)]  # dearest bin to the least loaded rank with a free slot
     total = [0.0] * ranks
     for k in sorted(range(count), key=lambda k: (-weight[k], k)):
         r = min((r for r in range(ranks) if len(plan[r]) < count // ranks), key=lambda r: (total[r], r))
@@ -156,13 +157,14 @@ def plan_microbatches(lengths: list[int], budget: int, ranks: int = 1) -> list[l
     return plan
 
 
-def plan_summary(lengths: list[int], budget: int, plan: list[list[list[int]]]) -> dict[str, float]:
+def plan_summary(lengths: list[int], budget: int, ranks: int = 1) -> dict[str, float]:
     """How full the micro-batches of a plan are, and by how much the busiest rank exceeds the mean."""
-    load = [sum(cost(lengths[i]) for b in rank for i in b) for rank in plan]
+    plan = plan_microbatches(lengths, budget, ranks)
+    load = [sum(cost(lengths[i]) for microbatch in rank for i in microbatch) for rank in plan]
     return {
         "perf/microbatches": len(plan[0]),
-        "perf/pack_fill": sum(lengths) / (budget * len(plan[0]) * len(plan)),
-        "perf/rank_imbalance": max(load) * len(load) / sum(load) - 1,
+        "perf/pack_fill": sum(lengths) / (budget * len(plan[0]) * ranks),
+        "perf/rank_imbalance": max(load) * ranks / sum(load) - 1,
     }
 
 

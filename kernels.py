@@ -1,7 +1,7 @@
 """The same numbers with less time and memory.
 
-Owns: ranks and shards (FSDP2), packed rows and attention on them, sequence parallelism (Ulysses), log-probs and entropy
-without logits, Liger's patches. Each has a plain specification that the tests hold it to.
+Owns: ranks, sharded models (FSDP2) and meters across ranks, packed rows and attention on them, sequence parallelism
+(Ulysses), log-probs and entropy without logits, Liger's patches. Each has a plain specification for the tests.
 Refuses to know: what the numbers are for (advantages, losses, rewards).
 Left out on purpose: custom Triton. torch's varlen attention and Liger are kept by people who do nothing else.
 
@@ -11,7 +11,9 @@ without side effects, and never define __version__ here.
 # T tokens of a packed row   K response tokens among them   H heads   D head size or hidden size   V vocabulary
 import importlib.util
 import os
+import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -20,7 +22,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.functional import scaled_dot_product_attention
 
-# --------------------------------------------------------------------------------------------------- ranks and shards
+# --------------------------------------------------------------------------- ranks, sharded models, meters and clocks
 
 
 class Ranks(NamedTuple):
@@ -63,9 +65,36 @@ def start_ranks(bf16: bool, sp: int):
     return accelerator, Ranks(rank, world, rank // sp, world // sp, rank % sp, sp, group)
 
 
-def shard(model: nn.Module, accelerator) -> nn.Module:
+def load_policy(path: str, accelerator, checkpointing: bool, trained: bool = True) -> nn.Module:
+    """A causal language model in fp32 for packed rows, with a LogprobHead; sharded. trained=False: a reference."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="varlen")
+    model.lm_head.__class__ = LogprobHead  # same parameter, same tie to the embedding
+    return shard(model.requires_grad_(trained), accelerator, checkpointing and trained)
+
+
+def load_critic(path: str, accelerator, checkpointing: bool) -> nn.Module:
+    """A transformer with one number per token. A new value head starts at zero: first values are 0, not noise."""
+    from transformers import AutoConfig, AutoModelForTokenClassification
+
+    config = AutoConfig.from_pretrained(path, num_labels=1)
+    config.classifier_dropout = 0.0
+    model, info = AutoModelForTokenClassification.from_pretrained(
+        path, config=config, dtype=torch.float32, attn_implementation="varlen", output_loading_info=True
+    )
+    if "score.weight" in info["missing_keys"]:
+        nn.init.zeros_(model.score.weight)
+        nn.init.zeros_(model.score.bias)
+    return shard(model, accelerator, checkpointing)
+
+
+def shard(model: nn.Module, accelerator, checkpointing: bool) -> nn.Module:
     from accelerate.utils.fsdp_utils import fsdp2_prepare_model  # prepare() takes no frozen model, this takes any
 
+    model.train()  # no dropout anywhere; checkpointing acts in this mode only
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
     return fsdp2_prepare_model(accelerator, model) if accelerator.is_fsdp2 else accelerator.prepare_model(model)
 
 
@@ -77,13 +106,47 @@ def full_weights(model: nn.Module, dtype: torch.dtype) -> Iterator[tuple[str, Te
         yield name, p.full_tensor() if isinstance(p, DTensor) else p
 
 
+def share(items: list, ranks: Ranks) -> list:
+    """This rank's consecutive share of a list that all ranks have."""
+    return items[ranks.rank * len(items) // ranks.world : (ranks.rank + 1) * len(items) // ranks.world]
+
+
 def gather(items: list, ranks: Ranks) -> list:
-    """The lists of all ranks, joined in rank order, on every rank."""
+    """The way back: the lists of all ranks, joined in rank order, on every rank."""
     parts: list = [items]
     if ranks.world > 1:
         parts = [None] * ranks.world
         dist.all_gather_object(parts, items)
     return [item for part in parts for item in part]
+
+
+class Meter:
+    """Means over the tokens of all ranks: sums and counts, one reduction a step."""
+
+    def __init__(self):
+        self.pairs: dict[str, Tensor] = {}  # name -> (2,) sum and count
+
+    def add(self, name: str, x: Tensor) -> None:
+        """x: any shape, masked entries left out by the caller. Does not wait for the device."""
+        x = x.detach().double()
+        pair = torch.stack([x.sum(), torch.full_like(x.sum(), x.numel())])
+        self.pairs[name] = self.pairs.get(name, 0.0) + pair
+
+    def means(self, ranks: Ranks) -> dict[str, float]:
+        table = torch.stack(list(self.pairs.values()))  # every rank has added the same names in the same order
+        if ranks.world > 1:
+            dist.all_reduce(table)
+        return {name: total / max(count, 1.0) for name, (total, count) in zip(self.pairs, table.tolist())}
+
+
+@contextmanager
+def timed(times: dict[str, float], phase: str):
+    """times["time/<phase>"] = seconds of the block. Waits for the GPU, so that the blame falls on the right phase."""
+    start = time.perf_counter()
+    yield
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    times[f"time/{phase}"] = time.perf_counter() - start
 
 
 # ------------------------------------------------------------------------------------------------------- packed rows
@@ -126,13 +189,13 @@ def pack(ids: Tensor, mask: Tensor, lengths: list[int], rows: list[int], sp_rank
     return Packed(row[None], position[None], keep, ids.flatten()[index], index, bounds, max(fed))
 
 
-def unpack(parts: list[tuple[Tensor, Tensor]], like: Tensor, all_ranks: bool) -> Tensor:
-    """The way back: (index, value) parts of packed rows -> fp32 tensor shaped as `like` (B, T_max), 0 where nobody has a
-    value. `all_ranks` adds up the parts of all ranks."""
+def unpack(parts: list[tuple[Tensor, Tensor]], like: Tensor, ranks: Ranks) -> Tensor:
+    """The way back: (index, value) parts of packed rows, of all ranks -> fp32 tensor shaped as `like` (B, T_max), equal
+    on every rank, 0 where nobody has a value."""
     full = torch.zeros(like.shape, dtype=torch.float32, device=like.device)
     for index, value in parts:
         full.view(-1)[index] = value.detach()
-    if all_ranks:
+    if ranks.world > 1:
         dist.all_reduce(full)
     return full
 
@@ -155,7 +218,7 @@ def critic_forward(critic: nn.Module, p: Packed, sp_group=None) -> Tensor:
     return packed_forward(critic, p, sp_group)[p.keep, 0]
 
 
-# ---------------------------------------------------------------------------------------------- attention on packed rows
+# ------------------------------------------------------------------------------------------- attention on packed rows
 
 
 def varlen_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float) -> Tensor:
@@ -229,14 +292,18 @@ def attention(module, query, key, value, attention_mask, scaling, cu_seqlens, ma
     return _AllToAll.apply(out, sp_group, 0, 1)[None], None
 
 
-def register_attention() -> str:
-    """Makes attn_implementation="varlen" known to transformers (which then builds no mask); says what runs inside."""
+def setup(model_type: str, liger: bool) -> dict[str, str]:
+    """Before any model is made: attn_implementation="varlen" becomes known to transformers (which then builds no mask),
+    Liger patches its layers. Returns what will be used for what."""
     from transformers import AttentionInterface
 
     AttentionInterface.register("varlen", attention)
-    if not torch.cuda.is_available():
-        return "per-sequence sdpa"
-    return "flash-attn varlen" if _has_flash_attn() else "torch varlen"
+    inside = "flash-attn varlen" if _has_flash_attn() else "torch varlen"
+    return {
+        "attention": inside if torch.cuda.is_available() else "per-sequence sdpa",
+        "log-probs": "chunked",
+        "Liger": apply_liger(model_type) if liger else "off",
+    }
 
 
 def _has_flash_attn() -> bool:
@@ -319,10 +386,11 @@ def apply_liger(model_type: str) -> str:
     token_logprobs is what it promised."""
     if not torch.cuda.is_available():
         return "off (Triton kernels need a GPU)"
-    from liger_kernel.transformers import apply_liger_kernel_to_llama, apply_liger_kernel_to_qwen2, apply_liger_kernel_to_qwen3
+    import liger_kernel.transformers as liger
 
-    patches = {"qwen2": apply_liger_kernel_to_qwen2, "qwen3": apply_liger_kernel_to_qwen3, "llama": apply_liger_kernel_to_llama}
-    if model_type not in patches:
-        return f"off (no patch for {model_type}; there are {sorted(patches)})"
-    patches[model_type](rope=False, cross_entropy=False, fused_linear_cross_entropy=False, rms_norm=True, swiglu=True)
+    known = ("llama", "qwen2", "qwen3")
+    if model_type not in known:
+        return f"off (patches are for {', '.join(known)}, not {model_type})"
+    patch = getattr(liger, f"apply_liger_kernel_to_{model_type}")
+    patch(rope=False, cross_entropy=False, fused_linear_cross_entropy=False, rms_norm=True, swiglu=True)
     return "RMSNorm, SwiGLU"

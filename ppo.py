@@ -17,9 +17,7 @@ everything between the model passes for all of it. Only the passes are split, so
 need no collective and cannot depend on the number of ranks.
 
 Not here on purpose: Ray, asynchronous rollouts, multi-turn tools, LoRA, reward models, a Trainer class. A variant is a
-copy of this file. Sources: PPO arXiv:1707.06347, GAE arXiv:1506.02438, KL estimates joschu.net/blog/kl-approx.html,
-clip-higher and token-level loss DAPO arXiv:2503.14476, no KL and lambda = 1 Open-Reasoner-Zero arXiv:2503.24290, critic
-warm-up VC-PPO arXiv:2503.01491, truncated importance sampling fengyao.notion.site/off-policy-rl.
+copy of this file. The defaults follow Open-Reasoner-Zero (arXiv:2503.24290): no KL, gamma = lambda = 1.
 """
 # isort: off
 import sys
@@ -34,10 +32,9 @@ import math
 import os
 import random
 import shutil
-import time
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, make_dataclass
 from pathlib import Path
+from time import perf_counter
 from typing import Literal
 
 import torch
@@ -48,16 +45,16 @@ import tyro
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.tensor import DTensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForTokenClassification, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 
 import data
 import kernels
 import rewards
 import rollout
 
-# B sequences of the step, of all ranks   T tokens (prompt + response, right-padded)   K response tokens of a micro-batch
+# B sequences of the step (all ranks)   T tokens (prompt + response, right-padded)   K response tokens of a micro-batch
 # Every (B, T) tensor is aligned to the token it is about:
-#   logprobs[:, t] = log pi(ids[:, t] | ids[:, :t])   values[:, t] = V(ids[:, :t])   mask[:, t] = the policy chose ids[:, t]
+#   logprobs[:, t] = log pi(ids[:, t] | ids[:, :t])   values[:, t] = V(ids[:, :t])   mask[:, t] = policy chose ids[:, t]
 # Without a shape beside it a tensor is (B, T), or (K,) inside a micro-batch. Log-probs, entropy and KL are in nats.
 
 SAMPLES_LOGGED = 8  # responses a step in samples.jsonl
@@ -68,7 +65,6 @@ SAMPLES_LOGGED = 8  # responses a step in samples.jsonl
 @dataclass
 class Run:
     """what is run and where it is kept"""
-
     out: str = "runs/ppo"  # run folder; must not exist unless --resume
     seed: int = 0  # prompts, their order and every sampled token are functions of (seed, step)
     steps: int = 100  # PPO steps; 0: load everything, sample and score one batch, exit
@@ -85,29 +81,21 @@ class Run:
 @dataclass
 class Model:
     """models, precision, sharding"""
-
     model: str = ""  # policy: Hugging Face folder or hub id
     critic_model: str | None = None  # start of the critic, may be smaller; default: the policy's
     ref_model: str | None = None  # reference for the KL penalty; default: the policy's start
-    dtype: Literal["auto", "bf16", "fp32"] = "auto"  # of compute; weights are kept in fp32. auto: bf16 on CUDA, else fp32
-    gradient_checkpointing: bool = True  # recompute activations of policy and critic; a third more time, far less memory
+    dtype: Literal["auto", "bf16", "fp32"] = "auto"  # of compute (weights: fp32). auto: bf16 on CUDA, else fp32
+    gradient_checkpointing: bool = True  # recompute activations of policy and critic: more time, far less memory
     liger: bool = True  # Liger's RMSNorm and SwiGLU, on CUDA
     sp: int = 1  # ranks that share one packed row (Ulysses); must divide the attention heads and the world
 
 
 @dataclass
-class Data:
-    """prompts"""
-
+class Sampling:
+    """prompts and answers"""
     task: str = "countdown"  # a key of TASKS in data.py
     template: Literal["base", "chat"] = "base"  # plain text for base models, chat messages for instruct models
     max_prompt_tokens: int = 1024  # longer prompts are an error
-
-
-@dataclass
-class Sampling:
-    """rollouts"""
-
     engine: Literal["vllm", "torch"] = "vllm"  # torch: plain PyTorch, slow, for debugging
     prompts_per_step: int = 256  # over all ranks
     samples_per_prompt: int = 1  # answers to each prompt
@@ -122,7 +110,6 @@ class Sampling:
 @dataclass
 class PPO:
     """the algorithm"""
-
     lr: float = 1e-6  # policy learning rate (AdamW)
     critic_lr: float = 5e-6  # critic learning rate
     warmup: int = 0  # optimizer steps of linear learning-rate warm-up, for both
@@ -148,7 +135,7 @@ class PPO:
 
 
 @dataclass
-class Args(PPO, Sampling, Data, Model, Run):
+class Args(PPO, Sampling, Model, Run):
     """Every knob, flat. Sizes are global; derived sizes are properties, printed, never accepted."""
 
     @property
@@ -176,122 +163,63 @@ def parse_args(argv: list[str] | None = None) -> Args:
 
 
 def check(args: Args, world: int) -> transformers.PretrainedConfig:
-    """Every contradiction in the flags, before a weight is loaded: what was given, what is expected, what to change.
-    Returns the policy's configuration."""
+    """Every contradiction in the flags, before a weight is loaded. Returns the policy's configuration."""
 
-    def expect(ok: bool, message: str) -> None:
+    def expect(ok, message: str) -> None:
         if not ok:
             raise ValueError(message)
 
     configs = []
-    for flag, path in (("model", args.model), ("critic_model", args.critic_model), ("ref_model", args.ref_model)):
-        if path is not None:
-            try:
-                configs.append(AutoConfig.from_pretrained(path))
-            except (OSError, ValueError) as error:
-                known = "a Hugging Face folder with a config.json, or a hub id that can be reached"
-                raise ValueError(f"{flag}={path!r} is not {known}: check --{flag}") from error
-    for flag in "prompts_per_step samples_per_prompt max_new_tokens max_prompt_tokens ppo_epochs minibatch tp sp".split():
-        expect(getattr(args, flag) >= 1, f"{flag}={getattr(args, flag)}: must be at least 1")
-    expect(args.temperature > 0, f"temperature={args.temperature}: must be above 0, a greedy policy explores nothing")
-    prompts, over = args.prompts_per_step, args.prompts_per_step % world
-    near = f"{prompts - over} or {prompts - over + world}" if prompts > world else f"{world}"
-    expect(not over, f"prompts_per_step={prompts} is not a multiple of the {world} ranks: use {near}")
-    size = f"prompts_per_step x samples_per_prompt = {args.batch_size}"
-    divisor = math.gcd(args.batch_size, args.minibatch)
-    expect(divisor == args.minibatch, f"minibatch_size={args.minibatch} does not divide {size}: use {divisor}, for example")
+    for flag in ("model", "critic_model", "ref_model"):
+        path = getattr(args, flag) or args.model
+        try:
+            configs.append(AutoConfig.from_pretrained(path))
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{flag}={path!r} is no Hugging Face folder, nor a hub id that can be reached") from error
+    for flag in ("prompts_per_step", "samples_per_prompt", "max_new_tokens", "max_prompt_tokens", "ppo_epochs",
+                 "minibatch", "tp", "sp", "temperature"):
+        expect(getattr(args, flag) > 0, f"{flag}={getattr(args, flag)}: must be above 0")
+    prompts, ranks_up = args.prompts_per_step, math.ceil(args.prompts_per_step / world) * world
+    expect(prompts == ranks_up, f"prompts_per_step={prompts} is not a multiple of the {world} ranks: use {ranks_up}")
+    part, whole = args.minibatch, args.batch_size
+    fix = f"use {math.gcd(part, whole)}, for example"
+    expect(whole % part == 0, f"minibatch_size={part} does not divide prompts x samples_per_prompt = {whole}: {fix}")
     heads = configs[0].num_attention_heads
     for flag, n in (("tp", args.tp), ("sp", args.sp)):
-        expect(world % n == 0, f"{flag}={n} does not divide the {world} ranks: launch a multiple of {n} or change --{flag}")
-        expect(heads % n == 0, f"{flag}={n} does not divide the model's {heads} attention heads: use one of their divisors")
-    expect(args.tp == 1 or args.engine == "vllm", f"tp={args.tp} needs --engine vllm")
+        expect(world % n == 0, f"{flag}={n} does not divide the {world} ranks: launch a multiple of {n}")
+        expect(heads % n == 0, f"{flag}={n} does not divide the {heads} attention heads: use a divisor of {heads}")
+    expect(args.tp == 1 or args.engine == "vllm", f"tp={args.tp} needs --engine vllm, not {args.engine}")
     longest, room = args.max_prompt_tokens + args.max_new_tokens, args.max_tokens_per_microbatch * args.sp
-    longest_is = f"a sequence may have max_prompt_tokens + max_new_tokens = {longest} tokens"
-    fix = "raise --max_tokens_per_microbatch or lower the limits"
-    expect(longest <= room, f"{longest_is}, a micro-batch holds max_tokens_per_microbatch x sp = {room}: {fix}")
+    text = f"max_prompt_tokens + max_new_tokens = {longest} tokens, but"
+    expect(longest <= room, f"{text} max_tokens_per_microbatch x sp = {room}: raise the budget or lower the limits")
     limit = min(getattr(config, "max_position_embeddings", longest) for config in configs)
-    expect(longest <= limit, f"{longest_is}, the model has {limit} positions: lower the limits")
-    fresh = not Path(args.out).exists()
-    expect(args.resume or fresh, f"out={args.out!r} exists, nothing is written over: choose another --out or give --resume")
-    expect(not args.resume or newest_checkpoint(args.out), f"resume: no checkpoint in {args.out!r}: start without --resume")
+    expect(longest <= limit, f"{text} the model has {limit} positions: lower the limits")
+    if args.resume:
+        expect(newest_checkpoint(args.out), f"resume: no checkpoint in {args.out!r}: start without --resume")
+    elif Path(args.out).exists():
+        raise ValueError(f"out={args.out!r} exists, nothing is written over: choose another --out or give --resume")
     return configs[0]
-
-
-# -------------------------------------------------------------------------------------------------- clocks and metrics
-
-
-class Meter:
-    """Means over the tokens of all ranks: sums and counts, one reduction a step."""
-
-    def __init__(self):
-        self.pairs: dict[str, Tensor] = {}  # name -> (2,) sum and count
-
-    def add(self, name: str, x: Tensor) -> None:
-        """x: any shape, masked entries left out by the caller. Does not wait for the device."""
-        x = x.detach().double()
-        pair = torch.stack([x.sum(), torch.full_like(x.sum(), x.numel())])
-        self.pairs[name] = self.pairs.get(name, 0.0) + pair
-
-    def means(self, all_ranks: bool) -> dict[str, float]:
-        table = torch.stack(list(self.pairs.values()))  # every rank has added the same names in the same order
-        if all_ranks:
-            dist.all_reduce(table)
-        return {name: total / max(count, 1.0) for name, (total, count) in zip(self.pairs, table.tolist())}
-
-
-@contextmanager
-def timed(times: dict[str, float], phase: str):
-    """times["time/<phase>"] = seconds of the block. Waits for the GPU, so that the blame falls on the right phase."""
-    start = time.perf_counter()
-    yield
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    times[f"time/{phase}"] = time.perf_counter() - start
 
 
 # -------------------------------------------------------------------------------------------------------------- models
 
 
-def load_policy(path: str, args: Args, accelerator, trained: bool = True) -> nn.Module:
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="varlen")
-    model.lm_head.__class__ = kernels.LogprobHead  # same parameter, same tie to the embedding
-    if trained and args.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    return kernels.shard(model.requires_grad_(trained).train(trained), accelerator)
-
-
-def load_critic(path: str, args: Args, accelerator) -> nn.Module:
-    """A transformer with one number per token. A new value head starts at zero: first values are 0, not noise."""
-    config = AutoConfig.from_pretrained(path, num_labels=1)
-    config.classifier_dropout = 0.0
-    model, info = AutoModelForTokenClassification.from_pretrained(
-        path, config=config, dtype=torch.float32, attn_implementation="varlen", output_loading_info=True
-    )
-    if "score.weight" in info["missing_keys"]:
-        nn.init.zeros_(model.score.weight)
-        nn.init.zeros_(model.score.bias)
-    if args.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    return kernels.shard(model.train(), accelerator)
-
-
 def microbatches(batch: rollout.Rollout, rows: list[int], args: Args, ranks: kernels.Ranks) -> list[kernels.Packed]:
-    """This rank's share of sequences `rows`, packed under the token budget; as many micro-batches as every other rank."""
+    """This rank's share of sequences `rows`, packed under the token budget; as many micro-batches as on every rank."""
     fed = [batch.lengths[b] - 1 for b in rows]
     mine = data.plan_microbatches(fed, args.max_tokens_per_microbatch * ranks.sp, ranks.rows)[ranks.row]
-    chosen = [[rows[i] for i in microbatch] for microbatch in mine]
-    return [kernels.pack(batch.ids, batch.mask, batch.lengths, c, ranks.sp_rank, ranks.sp) for c in chosen]
+    return [kernels.pack(*batch[:2], batch.lengths, [rows[i] for i in bin], ranks.sp_rank, ranks.sp) for bin in mine]
 
 
-def optimizer_step(model: nn.Module, optimizer, lr: float, args: Args, who: str, batch: rollout.Rollout) -> Tensor:
-    """Clips and steps; returns the gradient norm before clipping, (). A norm that is not finite stops every rank here,
-    before any weight is touched."""
+def optimizer_step(name: str, trained: dict, lr: float, args: Args, step: int, batch: rollout.Rollout) -> Tensor:
+    """Clips and steps policy or critic; returns the gradient norm before clipping, (). A norm that is not finite stops
+    every rank here, before any weight is touched."""
+    model, optimizer = trained[name]
     norm = nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)  # Accelerate's breaks for a second model
     norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
     if not torch.isfinite(norm):
-        dump = Path(args.out) / "bad_batch.pt"
-        torch.save(batch._asdict(), dump)
-        raise FloatingPointError(f"{who}: the gradient norm is {norm.item()}; nothing was updated, the batch is in {dump}")
+        torch.save(batch._asdict(), Path(args.out) / "bad_batch.pt")
+        raise FloatingPointError(f"{name}, step {step}: gradient norm {norm}; not updated; see {args.out}/bad_batch.pt")
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.step()
@@ -299,7 +227,7 @@ def optimizer_step(model: nn.Module, optimizer, lr: float, args: Args, who: str,
     return norm
 
 
-# ------------------------------------------------------------------------------------------------ the math: pure functions
+# --------------------------------------------------------------------------------------------- the math: pure functions
 
 
 def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, kind: str) -> Tensor:
@@ -321,8 +249,8 @@ def adapt_kl_coef(kl_coef: float, kl: float, target: float, samples: int, horizo
 
 
 def gae(token_rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
-    """Advantages and returns, arXiv:1506.02438 equation 16; everything (B, T), 0 outside the mask. The value after the last
-    masked token is 0: a response is an episode, also when it was cut."""
+    """Advantages and returns, arXiv:1506.02438 equation 16; everything (B, T), 0 outside the mask. The value after the
+    last masked token is 0: a response is an episode, also when it was cut."""
     advantages = torch.zeros_like(values)
     last = next_value = values.new_zeros(len(values))  # (B,)
     for t in reversed(range(values.shape[1])):
@@ -352,7 +280,7 @@ def policy_loss(
 
 
 def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip: float) -> tuple[Tensor, Tensor]:
-    """Half the squared error, per token; with clip > 0 the worse of plain and clipped. And where the clip was active."""
+    """Half the squared error per token, with clip > 0 the worse of plain and clipped; and where the clip was active."""
     error = (values - returns) ** 2
     if not clip:
         return 0.5 * error, torch.zeros_like(error, dtype=torch.bool)
@@ -366,40 +294,34 @@ def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip: float)
 def train(args: Args) -> list[dict]:
     """Runs `args.steps` steps and returns what metrics.jsonl got. Every rank calls it."""
     config = check(args, int(os.environ.get("WORLD_SIZE", 1)))
-    begun = time.time()
+    begun = perf_counter()
     accelerator, ranks = kernels.start_ranks(args.compute_dtype == torch.bfloat16, args.sp)
-    device, main, all_ranks = accelerator.device, ranks.rank == 0, ranks.world > 1
-    say = print if main else (lambda *_, **__: None)
+    device, main = accelerator.device, ranks.rank == 0
+    say = print if main else (lambda text: None)
     bar = main and sys.stderr.isatty()  # progress bars are for people, not for log files
-    (transformers.utils.logging.enable_progress_bar if bar else transformers.utils.logging.disable_progress_bar)()
+    if not bar:
+        transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()  # no report on the value head being new
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     train_rows = data.load(args.task, "train", args.seed, args.template)
     eval_rows = data.load(args.task, "test", args.seed, args.template, args.eval_rows)
-    made = {"attention": kernels.register_attention(), "log-probs": "chunked", "Liger": "off"}
-    if args.liger:
-        made["Liger"] = kernels.apply_liger(config.model_type)
-
+    made = kernels.setup(config.model_type, args.liger)
     # the engine first, then asleep: it measures the free memory that the models take afterwards
     options = {"max_len": args.max_prompt_tokens + args.max_new_tokens, "max_seqs": args.max_seqs, "tp": args.tp}
     options |= {"dtype": str(args.compute_dtype)[6:], "gpu_memory": args.gpu_memory, "seed": args.seed}
     sampler = rollout.make_sampler(args.engine, args.model, rollout.eos_ids(args.model, tokenizer), **options)
     sampler.sleep()
-    policy = load_policy(args.model, args, accelerator)
-    critic = load_critic(args.critic_model or args.model, args, accelerator)
-    ref = load_policy(args.ref_model or args.model, args, accelerator, trained=False) if args.kl_coef else None
+    policy = kernels.load_policy(args.model, accelerator, args.gradient_checkpointing)
+    critic = kernels.load_critic(args.critic_model or args.model, accelerator, args.gradient_checkpointing)
+    ref = kernels.load_policy(args.ref_model or args.model, accelerator, False, trained=False) if args.kl_coef else None
     adam = {"betas": (0.9, 0.95), "weight_decay": args.weight_decay, "fused": device.type == "cuda"}
-    policy_optimizer = torch.optim.AdamW(policy.parameters(), lr=args.lr, **adam)
-    critic_optimizer = torch.optim.AdamW(critic.parameters(), lr=args.critic_lr, **adam)
-    trained = {"policy": (policy, policy_optimizer), "critic": (critic, critic_optimizer)}
-    start, kl_coef = restore(args.out, trained) if args.resume else (0, args.kl_coef)
+    models = {"policy": policy, "critic": critic}
+    trained = {name: (model, torch.optim.AdamW(model.parameters(), **adam)) for name, model in models.items()}
+    start, kl_coef = restore(newest_checkpoint(args.out), trained) if args.resume else (0, args.kl_coef)
     history, log = open_run_folder(Path(args.out), args, start, main)
-    made |= {"compute": f"{str(args.compute_dtype)[6:]} on {device.type}", "engine": f"{args.engine}, tp {args.tp}"}
+    made |= {"compute": f"{str(args.compute_dtype)[6:]} on {device.type}", "engine": f"{args.engine} tp {args.tp}"}
     made["sharding"] = f"FSDP2 over {ranks.world} ranks" if accelerator.is_fsdp2 else "none (one process)"
-    say(plan(args, ranks, made, {"policy": policy, "critic": critic, "reference": ref}, start))
-
-    def mine(rows: list) -> list:
-        """This rank's share of a list that all ranks have."""
-        return rows[ranks.rank * len(rows) // ranks.world : (ranks.rank + 1) * len(rows) // ranks.world]
+    say(plan(args, ranks, models | {"reference": ref}, made, start))
 
     def encode(rows: list[dict]) -> list[list[int]]:
         return [data.encode(row, tokenizer, args.max_prompt_tokens) for row in rows]
@@ -408,39 +330,37 @@ def train(args: Args) -> list[dict]:
         """n Samples for each of this rank's share of the prompts. They depend on (seed, step, purpose) and on the
         prompt's place in the list, not on the number of ranks."""
         seed = rollout.stream(args.seed, step, purpose) + ranks.rank * len(prompts) // ranks.world * n
-        return sampler.sample(mine(prompts), n, limit, temperature, seed, bar)
+        return sampler.sample(kernels.share(prompts, ranks), n, limit, temperature, seed, bar)
 
     def judge(rows: list[dict], samples: list[rollout.Sample]) -> list[tuple[rollout.Sample, str, dict]]:
         """(sample, text, result) of all ranks' samples, in the order of `rows`, which has one row for each sample."""
         texts = [tokenizer.decode(s.ids, skip_special_tokens=True) for s in samples]
-        scored = rewards.score(texts, mine(rows), [s.finished for s in samples])
+        scored = rewards.score(texts, kernels.share(rows, ranks), [s.finished for s in samples])
         return kernels.gather(list(zip(samples, texts, scored)), ranks)
 
-    def forward(model_forward, model: nn.Module, batch: rollout.Rollout, **options) -> Tensor:
-        """model_forward's (K,) answers for a whole batch, without gradient, as (B, T) on every rank."""
+    def forward(model: nn.Module, batch: rollout.Rollout) -> Tensor:
+        """The critic's values, or another model's log-probs, of a whole batch: (B, T) on every rank, no gradient."""
         with torch.no_grad():
             micro = microbatches(batch, range(len(batch.lengths)), args, ranks)
-            parts = [(p.index, model_forward(model, p, sp_group=ranks.sp_group, **options)) for p in micro]
-        return kernels.unpack(parts, batch.mask, all_ranks)
-
-    def logprobs_of(model: nn.Module, batch: rollout.Rollout) -> Tensor:
-        return forward(lambda *a, **k: kernels.policy_forward(*a, **k)[0], model, batch, temperature=args.temperature)
+            if model is critic:
+                answers = [kernels.critic_forward(model, p, ranks.sp_group) for p in micro]
+            else:
+                answers = [kernels.policy_forward(model, p, args.temperature, ranks.sp_group)[0] for p in micro]
+        return kernels.unpack([(p.index, answer) for p, answer in zip(micro, answers)], batch.mask, ranks)
 
     def hand_over(step: int) -> float:
-        """New weights into the engine; then the canary: fresh answers, on whose log-probs the trainer must agree. Stale
-        weights show as 0.2 and more, bf16 as about 0.01. Returns the worst engine's mean |difference|."""
+        """New weights into the engine; then the canary: fresh answers, on whose log-probs the trainer must agree.
+        Stale weights show as 0.2 and more, bf16 as about 0.01. Returns the worst engine's mean |difference|."""
         sampler.load(kernels.full_weights(policy, args.compute_dtype))
         prompts = encode(data.batch(train_rows, step, 4 * ranks.world, args.seed))
         samples = ask(prompts, 1, min(64, args.max_new_tokens), args.temperature, step, purpose=2)
         batch = rollout.collate(prompts, kernels.gather(samples, ranks), device)
-        gap = (logprobs_of(policy, batch) - batch.sampler_logprobs).abs().view(ranks.world, -1).sum(1)
+        gap = (forward(policy, batch) - batch.sampler_logprobs).abs().view(ranks.world, -1).sum(1)
         worst = (gap / batch.mask.view(ranks.world, -1).sum(1)).max().item()
         limit = args.canary_limit or (0.05 if args.compute_dtype == torch.bfloat16 else 0.001)
+        why = f"over canary_limit={limit}: it has stale or wrong weights, or another temperature or precision"
         if not worst < limit:
-            raise RuntimeError(
-                f"weight sync before step {step}: engine and trainer disagree by {worst:.4f} nats a token, allowed is "
-                f"canary_limit={limit}: the engine has stale or wrong weights, another temperature or another precision"
-            )
+            raise RuntimeError(f"sync before step {step}: the engine is {worst:.4f} nats a token off the trainer, {why}")
         return worst
 
     def evaluate() -> dict[str, float]:
@@ -448,50 +368,55 @@ def train(args: Args) -> list[dict]:
         samples = ask(encode(eval_rows), args.eval_samples, args.max_new_tokens, args.eval_temperature, 0, purpose=1)
         judged = judge([row for row in eval_rows for _ in range(args.eval_samples)], samples)
         correct = torch.tensor([result["correct"] for _, _, result in judged]).view(len(eval_rows), -1)
-        row = {"eval/correct": correct.mean().item(), "eval/pass_at_k": correct.amax(1).mean().item()}
-        return row | {"eval/length_mean": sum(len(sample.ids) for sample, _, _ in judged) / len(judged)}
+        length = sum(len(sample.ids) for sample, _, _ in judged) / len(judged)
+        best = correct.amax(1).mean().item()
+        return {"eval/correct": correct.mean().item(), "eval/pass_at_k": best, "eval/length_mean": length}
 
     canary = hand_over(start)
-    say(f"ready after {time.time() - begun:.0f} s; engine and trainer agree within {canary:.1e} nats a token")
+    say(f"ready after {perf_counter() - begun:.0f} s; engine and trainer agree within {canary:.1e} nats a token")
     if args.eval_every and start == 0 < args.steps:
         log({"step": 0, **evaluate()})
-        say(f"step    0/{args.steps} | eval {history[-1]['eval/correct']:.3f} of {len(eval_rows)} held-out rows correct")
+        say(f"step    0/{args.steps} | eval {history[-1]['eval/correct']:.3f} of {len(eval_rows)} held-out rows right")
 
+    begun = perf_counter()
     for step in range(start, max(args.steps, 1)):
-        times, meter = {}, Meter()
+        times, meter = {}, kernels.Meter()
 
-        # ---- 1. sample: the policy answers a fresh batch of prompts ----------------------------------------------------
-        with timed(times, "sample"):
+        # ---- 1. sample: the policy answers a fresh batch of prompts
+        with kernels.timed(times, "sample"):
             rows = data.batch(train_rows, step, args.prompts_per_step, args.seed)
             prompts = encode(rows)
             samples = ask(prompts, args.samples_per_prompt, args.max_new_tokens, args.temperature, step, purpose=0)
             sampler.sleep()
             rows, prompts = ([x for x in xs for _ in range(args.samples_per_prompt)] for xs in (rows, prompts))
 
-        # ---- 2. reward: text -> number; from here on every rank has the whole batch ------------------------------------
-        with timed(times, "reward"):
+        # ---- 2. reward: text -> number; from here on every rank has the whole batch
+        with kernels.timed(times, "reward"):
             samples, texts, scored = zip(*judge(rows, samples))
             scores = torch.tensor([result["reward"] for result in scored], device=device)  # (B,)
-            sound = torch.tensor([result["status"] != "infra" for result in scored], device=device)  # (B,) we did not fail
+            sound = torch.tensor([result["status"] != "infra" for result in scored], device=device)  # (B,)
             batch = rollout.collate(prompts, samples, device)
-            mask = batch.mask & sound[:, None]
+            mask = batch.mask & sound[:, None]  # a sample that our own machine failed on teaches nothing
             batch = batch._replace(mask=mask)
-            shown = list(zip(rows, texts, scored, samples))[:: max(1, len(rows) // SAMPLES_LOGGED)][:SAMPLES_LOGGED]
+            shown = [
+                {"step": step + 1, "id": r["id"], "prompt": r["prompt"], "response": t, "finished": s.finished} | result
+                for r, t, s, result in list(zip(rows, texts, samples, scored))[:: -(-len(rows) // SAMPLES_LOGGED)]
+            ]
         if args.steps == 0:
             say(f"one batch: reward {scores.mean():.3f}\n" + rollout.show(shown[:2]))
             break
 
-        # ---- 3. forward: log-probs under policy and reference, values under the critic; no grad ------------------------
+        # ---- 3. forward: log-probs under policy and reference, values under the critic; no grad
         train_policy = step >= args.critic_warmup
         # with one update a step the old log-probs are that update's own, detached: no pass for them
         on_policy = train_policy and args.updates_per_step == 1 and not (args.kl_coef and args.kl_in == "reward")
-        with timed(times, "forward"):
-            old_values = forward(kernels.critic_forward, critic, batch)
-            old_logprobs = None if on_policy else logprobs_of(policy, batch)
-            ref_logprobs = logprobs_of(ref, batch) if ref else None
+        with kernels.timed(times, "forward"):
+            old_values = forward(critic, batch)
+            old_logprobs = None if on_policy else forward(policy, batch)
+            ref_logprobs = forward(ref, batch) if ref else None
 
-        # ---- 4. advantage: score on the last response token, KL penalty on every one; GAE ------------------------------
-        with timed(times, "advantage"):
+        # ---- 4. advantage: score on the last response token, KL penalty on every one; GAE
+        with kernels.timed(times, "advantage"):
             last = mask & ~torch.nn.functional.pad(mask, (0, 1))[:, 1:]
             token_rewards = torch.where(last, scores[:, None], 0.0)
             if ref and args.kl_in == "reward":
@@ -500,8 +425,8 @@ def train(args: Args) -> list[dict]:
             advantages, returns = gae(token_rewards, old_values, mask, args.gamma, args.lam)
             advantages = whiten(advantages, mask) if args.whiten else advantages
 
-        # ---- 5. update: epochs x minibatches x micro-batches; policy, then critic --------------------------------------
-        with timed(times, "update"):
+        # ---- 5. update: epochs x minibatches x micro-batches; policy, then critic
+        with kernels.timed(times, "update"):
             fresh, updates = [], 0
             for epoch in range(args.ppo_epochs):
                 order = random.Random(f"{args.seed} {step} {epoch}").sample(range(args.batch_size), args.batch_size)
@@ -518,19 +443,21 @@ def train(args: Args) -> list[dict]:
                         advantage = advantages.view(-1)[p.index]
                         loss, low, high = policy_loss(logprobs, old, advantage, args.clip_low, args.clip_high)
                         if args.tis_cap:  # the engine sampled, not the trainer: weigh by their ratio, truncated
-                            loss = loss * torch.exp(old - batch.sampler_logprobs.view(-1)[p.index]).clamp(max=args.tis_cap)
+                            engine = batch.sampler_logprobs.view(-1)[p.index]
+                            loss = loss * torch.exp(old - engine).clamp(max=args.tis_cap)
                         loss = loss - args.entropy_coef * entropy
                         if ref and args.kl_in == "loss":
-                            loss = loss + kl_coef * kl_estimate(logprobs, ref_logprobs.view(-1)[p.index], args.kl_estimator)
+                            reference = ref_logprobs.view(-1)[p.index]
+                            loss = loss + kl_coef * kl_estimate(logprobs, reference, args.kl_estimator)
                         (loss.sum() * scale).backward()
                         meter.add("policy/loss", loss)
                         meter.add("policy/entropy", entropy)
                         meter.add("policy/clipfrac_low", low)
                         meter.add("policy/clipfrac_high", high)
                         meter.add("policy/approx_kl", kl_estimate(old, logprobs, "k3"))
-                        fresh.append((p.index, logprobs))
+                        fresh.append((p.index, logprobs.detach()))
                     if train_policy:
-                        norm = optimizer_step(policy, policy_optimizer, args.lr * warm, args, f"policy, step {step}", batch)
+                        norm = optimizer_step("policy", trained, args.lr * warm, args, step, batch)
                         meter.add("policy/grad_norm", norm)
 
                     for p in micro:
@@ -539,20 +466,24 @@ def train(args: Args) -> list[dict]:
                         (loss.sum() * scale).backward()
                         meter.add("critic/loss", loss)
                         meter.add("critic/clipfrac", clipped)
-                    norm = optimizer_step(critic, critic_optimizer, args.critic_lr * warm, args, f"critic, step {step}", batch)
+                    norm = optimizer_step("critic", trained, args.critic_lr * warm, args, step, batch)
                     meter.add("critic/grad_norm", norm)
             if on_policy:
-                old_logprobs = kernels.unpack(fresh, mask, all_ranks)
+                old_logprobs = kernels.unpack(fresh, mask, ranks)
 
-        # ---- 6. sync: the engine gets the new weights and must prove it ------------------------------------------------
-        with timed(times, "sync"):
+        # ---- 6. sync: the engine gets the new weights and must prove it
+        with kernels.timed(times, "sync"):
             canary = hand_over(step + 1)
 
-        # ---- 7. report: metrics, one line, samples, evaluation, checkpoint ---------------------------------------------
-        with timed(times, "report"):
+        # ---- 7. report: metrics, one line, samples, evaluation, checkpoint
+        with kernels.timed(times, "report"):
             row = {"step": step + 1, **rewards.summary(scored), **rollout.summary(samples, times["time/sample"])}
-            row |= rollout.mismatch(old_logprobs[mask], batch.sampler_logprobs[mask], args.tis_cap) | {"mismatch/canary": canary}
-            row |= meter.means(all_ranks) | critic_metrics(old_values[mask], returns[mask])
+            row |= rollout.mismatch(old_logprobs[mask], batch.sampler_logprobs[mask], args.tis_cap)
+            row |= meter.means(ranks) | {"mismatch/canary": canary}
+            values, variance = old_values[mask], returns[mask].var(unbiased=False).item()
+            error = (returns[mask] - values).var(unbiased=False).item()
+            row["critic/explained_var"] = 1 - error / variance if variance > 1e-8 else 0.0
+            row |= {f"critic/value_{name}": getattr(values, name)().item() for name in ("mean", "min", "max")}
             row |= {"policy/lr": args.lr * warm * train_policy, "critic/lr": args.critic_lr * warm}
             if ref:
                 kl = kl_estimate(old_logprobs, ref_logprobs, args.kl_estimator)[mask].mean().item()
@@ -564,9 +495,11 @@ def train(args: Args) -> list[dict]:
                 row |= evaluate()
             if done or (args.save_every and (step + 1) % args.save_every == 0):
                 save(Path(args.out), step + 1, kl_coef, trained, tokenizer, main)
-        row |= times | {"time/step": sum(times.values())} | work_metrics(batch, args, ranks, sum(times.values()))
+        row |= times | {"time/step": sum(times.values()), "perf/tokens_per_s": sum(batch.lengths) / sum(times.values())}
+        row |= data.plan_summary([n - 1 for n in batch.lengths], args.max_tokens_per_microbatch * args.sp, ranks.rows)
+        row["perf/peak_gb"] = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else 0.0
         log(row, shown)
-        say(line(row, args, (time.time() - begun) / (step + 1 - start)))
+        say(line(row, args, (perf_counter() - begun) / (step + 1 - start)))
         if args.show_every and (step + 1) % args.show_every == 0:
             say(rollout.show(shown[:2]))
     sampler.close()
@@ -576,44 +509,28 @@ def train(args: Args) -> list[dict]:
 # ------------------------------------------------------------------------------------------------------------ reporting
 
 
-def critic_metrics(values: Tensor, returns: Tensor) -> dict[str, float]:
-    """Explained variance: 1 when the critic knows every return, 0 when it is no better than a constant. Both (K,)."""
-    unexplained = (returns - values).var(unbiased=False) / returns.var(unbiased=False).clamp(min=1e-8)
-    row = {"critic/explained_var": 1 - unexplained.item(), "critic/value_mean": values.mean().item()}
-    return row | {"critic/value_min": values.min().item(), "critic/value_max": values.max().item()}
-
-
-def work_metrics(batch: rollout.Rollout, args: Args, ranks: kernels.Ranks, seconds: float) -> dict[str, float]:
-    fed = [length - 1 for length in batch.lengths]
-    budget = args.max_tokens_per_microbatch * ranks.sp
-    row = data.plan_summary(fed, budget, data.plan_microbatches(fed, budget, ranks.rows))
-    peak = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else 0.0
-    return row | {"perf/tokens_per_s": sum(fed) / seconds, "perf/peak_gb": peak}
-
-
-def plan(args: Args, ranks: kernels.Ranks, made: dict[str, str], models: dict, start: int) -> str:
-    """The batch arithmetic in one line, what was chosen for the user in the next."""
-    size = {k: f"{sum(p.numel() for p in m.parameters()) / 1e6:.1f}M" if m else "none" for k, m in models.items()}
+def plan(args: Args, ranks: kernels.Ranks, models: dict, made: dict[str, str], start: int) -> str:
+    """The batch arithmetic, then what was chosen for the user."""
+    made |= {k: f"{sum(p.numel() for p in m.parameters()) / 1e6:.1f}M" if m else "none" for k, m in models.items()}
     return (
-        f"plan: {args.prompts_per_step} prompts x {args.samples_per_prompt} answers = {args.batch_size} samples a step = "
-        f"{args.batch_size // args.minibatch} minibatches of {args.minibatch}, {args.ppo_epochs} epochs; micro-batches of "
-        f"at most {args.max_tokens_per_microbatch * args.sp} tokens on {ranks.rows} x {ranks.sp} ranks; steps {start} to "
-        f"{args.steps}\nmade: " + ", ".join(f"{k} {v}" for k, v in (size | made).items())
+        f"plan: {args.prompts_per_step} prompts x {args.samples_per_prompt} = {args.batch_size} samples a step; "
+        f"{args.ppo_epochs} epochs x {args.batch_size // args.minibatch} minibatches of {args.minibatch} samples; "
+        f"micro-batches <= {args.max_tokens_per_microbatch * args.sp} tokens on {ranks.rows} x {ranks.sp} ranks; "
+        f"steps {start} to {args.steps}\nmade: " + ", ".join(f"{k} {v}" for k, v in made.items())
     )
 
 
 def line(row: dict, args: Args, seconds_per_step: float) -> str:
     """One step for people; fixed order, so that grep works."""
-    eta = seconds_per_step * (args.steps - row["step"])
+    eta, seconds = seconds_per_step * (args.steps - row["step"]), row["time/step"]
     clip = row.get("policy/clipfrac_low", 0.0) + row.get("policy/clipfrac_high", 0.0)
     phases = " + ".join(f"{k[5:]} {v:.1f}" for k, v in row.items() if k.startswith("time/") and k != "time/step")
     return (
         f"step {row['step']:4d}/{args.steps} | reward {row['reward/mean']:.3f} correct {row['reward/correct']:.3f} | "
-        f"len {row['rollout/length_mean']:.0f} trunc {row['rollout/truncated_frac']:.0%} | "
-        f"kl {row.get('policy/approx_kl', 0):.4f} ent {row.get('policy/entropy', 0):.2f} clip {clip:.1%} "
-        f"ev {row['critic/explained_var']:.2f} gn {row.get('policy/grad_norm', 0):.2f} "
-        f"gap {row['mismatch/logp_abs_mean']:.0e} | {row['time/step']:.1f}s = {phases} | "
-        f"{row['perf/tokens_per_s']:.0f} tok/s | eta {eta // 60:.0f}m{eta % 60:02.0f}s"
+        f"len {row['rollout/length_mean']:.0f} trunc {row['rollout/truncated_frac']:.0%} | kl "
+        f"{row.get('policy/approx_kl', 0):.4f} ent {row.get('policy/entropy', 0):.2f} clip {clip:.1%} "
+        f"gn {row.get('policy/grad_norm', 0):.2f} ev {row['critic/explained_var']:.2f} gap "
+        f"{row['mismatch/logp_abs_mean']:.0e} | {seconds:.1f}s = {phases} | eta {eta // 60:.0f}m{eta % 60:02.0f}s"
         + (f" | eval {row['eval/correct']:.3f}" if "eval/correct" in row else "")
     )
 
@@ -628,11 +545,10 @@ def newest_checkpoint(out: str | Path) -> Path | None:
 
 
 def open_run_folder(out: Path, args: Args, start: int, main: bool):
-    """(rows of metrics.jsonl up to `start`, a function that adds a row there and to W&B, and samples to samples.jsonl)."""
-    kept: dict[str, list[dict]] = {}
-    for name in ("metrics.jsonl", "samples.jsonl"):  # what came after the checkpoint will come again
-        lines = (out / name).read_text().splitlines() if start and (out / name).exists() else []
-        kept[name] = [row for row in map(json.loads, lines) if row["step"] <= start]
+    """(rows of metrics.jsonl up to `start`, a function that adds a row there and to W&B, and samples to their file)"""
+    kept = {"metrics.jsonl": [], "samples.jsonl": []}  # what came after the checkpoint will come again
+    for name in kept if start else ():
+        kept[name] = [row for row in map(json.loads, open(out / name)) if row["step"] <= start]
     history, board = kept["metrics.jsonl"], None
     if main:
         out.mkdir(parents=True, exist_ok=True)
@@ -646,10 +562,8 @@ def open_run_folder(out: Path, args: Args, start: int, main: bool):
 
             board = wandb.init(project=args.wandb, name=out.name, config=asdict(args))
 
-    def log(row: dict, shown: list[tuple] = ()) -> None:
+    def log(row: dict, samples: list[dict] = ()) -> None:
         history.append(row)
-        samples = [{"step": row["step"], "id": source["id"], "prompt": source["prompt"], "response": text,
-                    "finished": sample.finished, **result} for source, text, result, sample in shown]
         for name, rows in (("metrics.jsonl", [row]), ("samples.jsonl", samples)) if main else ():
             with open(out / name, "a") as file:
                 file.writelines(json.dumps(r) + "\n" for r in rows)
@@ -660,8 +574,8 @@ def open_run_folder(out: Path, args: Args, start: int, main: bool):
 
 
 def save(out: Path, step: int, kl_coef: float, trained: dict, tokenizer, main: bool) -> None:
-    """checkpoints/step_N/{policy,critic}: ordinary Hugging Face folders; resume/: sharded weights and optimizers. Prompts,
-    seeds and learning rates are functions of the step, so the step and the KL coefficient are all the rest there is."""
+    """checkpoints/step_N/{policy,critic}: ordinary Hugging Face folders; resume/: sharded weights and optimizers. All
+    else is a function of the step (prompts, seeds, learning rates), but for the KL coefficient."""
     final = out / "checkpoints" / f"step_{step}"
     aside = final.with_name(final.name + ".tmp")
     for name, (model, _) in trained.items():
@@ -675,9 +589,8 @@ def save(out: Path, step: int, kl_coef: float, trained: dict, tokenizer, main: b
         aside.rename(final)
 
 
-def restore(out: str, trained: dict) -> tuple[int, float]:
-    """Loads the newest checkpoint into models and optimizers; returns its (step, kl_coef)."""
-    path = newest_checkpoint(out)
+def restore(path: Path, trained: dict) -> tuple[int, float]:
+    """Loads a checkpoint into models and optimizers; returns its (step, kl_coef)."""
     states = {name: get_state_dict(*pair) for name, pair in trained.items()}
     dcp.load(states, checkpoint_id=path / "resume")
     for name, pair in trained.items():

@@ -5,8 +5,8 @@ Refuses to know: tokens, models, torch, where the row came from.
 Left out on purpose: `eval` and every other way to run model text. Rewards are the part of RL that gets attacked;
 an answer is parsed into a tree, the tree is checked against a whitelist, and only then is it computed.
 
-The contract with data.py is the row: {"task", "prompt", "answer", "id", ...}. A response is hostile text; a row is ours.
-So bad text never raises and bad rows always do (KeyError), instead of scoring 0 for ever.
+The contract with data.py is the row: {"task", "prompt", "answer", "id", ...}. A response is hostile text, a row is
+ours: bad text never raises, and a bad row always does (KeyError) instead of scoring 0 for ever.
 """
 import ast
 from fractions import Fraction
@@ -94,9 +94,10 @@ def score(texts: list[str], rows: list[dict], finished: list[bool] | None = None
 
 
 def summary(scored: list[dict]) -> dict[str, float]:
-    """Means of "reward" and of every other number in the results. Our own failures ("infra") are counted, and left out."""
+    """Means of "reward" and of every other number in the results; our own failures ("infra") are left out."""
     sound = [r for r in scored if r["status"] != "infra"]
-    row = {f"reward/{status}_frac": sum(r["status"] == status for r in scored) / len(scored) for status in ("infra", "timeout")}
+    statuses = [r["status"] for r in scored]
+    row = {f"reward/{status}_frac": statuses.count(status) / len(scored) for status in ("infra", "timeout")}
     for part in sorted({part for r in sound for part in r} - {"status"}):
         values = [r[part] for r in sound if part in r]
         row["reward/mean" if part == "reward" else f"reward/{part}"] = sum(values) / len(values)
@@ -107,6 +108,6 @@ REWARDS = {"countdown": countdown}  # task -> reward of one response
 
 if __name__ == "__main__":  # python rewards.py: what the reward says of a few typical and hostile answers
     example = {"task": "countdown", "answer": {"numbers": [3, 5, 7], "target": 22}}
-    for answer in ("3*5+7", "(3 * 5)\n+ 7", "3*7-5", "22", "3*5+7=22", "2**3", "9**9**9", "3.5*7", "().__class__", "(" * 9**4):
+    for answer in ("3*5+7", "(3 * 5)\n+ 7", "3*7-5", "3*5+7=22", "2**3", "9**9**9", "3.5*7", "().real", "(" * 9**4):
         result = countdown(f"<answer>{answer}</answer>", example)
         print(f"{result['reward']:.1f} {result['status']:9s} {answer[:40]!r}")

@@ -1,6 +1,6 @@
 """Token ids in, sampled token ids and their log-probs out; weights in; memory given back.
 
-Owns: two engines with the same four methods, sample / load / sleep / wake, and no base class. VLLMSampler is vLLM inside
+Owns: two engines with the same four methods, sample / load / sleep / wake, and no base class. VLLMSampler is vLLM in
 the trainer's own process. TorchSampler is plain PyTorch with a KV cache: for teaching, for debugging, and as a second
 opinion in the tests.
 Refuses to know: rewards, losses, datasets, text. Ids are never decoded and re-encoded on the way to the trainer.
@@ -53,7 +53,7 @@ def summary(samples: list[Sample], seconds: float) -> dict[str, float]:
 
 
 def mismatch(trainer: Tensor, engine: Tensor, cap: float) -> dict[str, float]:
-    """How far the engine's log-probs of its own samples are from the trainer's, both (K,); `cap` truncates the ratio."""
+    """How far the engine's log-probs of its samples are from the trainer's, both (K,); `cap` truncates the ratio."""
     gap = trainer - engine
     return {
         "mismatch/logp_abs_mean": gap.abs().mean().item(),
@@ -64,11 +64,12 @@ def mismatch(trainer: Tensor, engine: Tensor, cap: float) -> dict[str, float]:
     }
 
 
-def show(samples: list[tuple[dict, str, dict, Sample]]) -> str:
-    """(row, text, result, sample) of a few samples, for people."""
+def show(samples: list[dict]) -> str:
+    """Rows of samples.jsonl, for people."""
     return "\n".join(
-        f"    prompt   {str(row['prompt'])[-200:]!r}\n    response {text!r}{'' if sample.finished else ' (cut)'}\n    {result}"
-        for row, text, result, sample in samples
+        f"    prompt   {str(s['prompt'])[-200:]!r}\n    response {s['response']!r}\n    judged   "
+        + ", ".join(f"{k} {v}" for k, v in s.items() if k not in ("prompt", "response", "id"))
+        for s in samples
     )
 
 
@@ -78,7 +79,7 @@ def stream(seed: int, step: int, purpose: int) -> int:
 
 
 def eos_ids(path: str, tokenizer) -> list[int]:
-    """Every id that ends a response: the tokenizer's, and those of generation_config.json (chat models have several)."""
+    """Every id that ends a response: the tokenizer's and those of generation_config.json (chat models have several)."""
     from transformers import GenerationConfig
 
     try:
@@ -136,7 +137,7 @@ class VLLMSampler:
                     self.group = group
 
     def sample(
-        self, prompts: list[list[int]], n: int, max_new_tokens: int, temperature: float, seed: int, progress: bool = False
+        self, prompts: list[list[int]], n: int, max_new_tokens: int, temperature: float, seed: int, progress=False
     ) -> list[Sample]:
         """n samples of every prompt, neighbours together. Sample j of prompt i has seed `seed + i * n + j`, so the
         answer does not depend on what else is in the batch, on the rank, or on anybody's random state."""
@@ -213,7 +214,7 @@ def _prepare_cpu() -> None:
 
 
 class TorchSampler:
-    """The same in plain PyTorch: one KV cache, left-padded prompts, one forward a token, `max_seqs` sequences at once."""
+    """The same in plain PyTorch: a KV cache, left-padded prompts, one forward a token, `max_seqs` sequences at once."""
 
     def __init__(self, path: str, eos_ids: list[int], max_len: int, max_seqs: int = 256, dtype: str = "auto"):
         from transformers import AutoModelForCausalLM
@@ -225,7 +226,7 @@ class TorchSampler:
 
     @torch.no_grad()
     def sample(
-        self, prompts: list[list[int]], n: int, max_new_tokens: int, temperature: float, seed: int, progress: bool = False
+        self, prompts: list[list[int]], n: int, max_new_tokens: int, temperature: float, seed: int, progress=False
     ) -> list[Sample]:
         """As VLLMSampler.sample, with other random numbers for the same seeds."""
         jobs = [(ids, seed + i * n + j) for i, ids in enumerate(prompts) for j in range(n)]

@@ -94,29 +94,26 @@ def expressions(numbers: tuple[int, ...]) -> list[tuple[str, str, int]]:
     return out
 
 
-def worked_answer(row: dict, rng: random.Random) -> tuple[str, bool]:
+def worked_answer(row: dict, rng: random.Random, drill: bool) -> tuple[str, bool]:
     """The text after the prompt, and whether its demonstrator was a patient one.
 
     Patient ones keep calculating and stopping reliable late in a long search. They go on until a try fits (or the text
-    is cut off), and from them the model must not learn to go on: `make` leaves their newlines out of the loss.
+    is cut off), and from them the model must not learn to go on: `warm_up` leaves their newlines out of the loss.
+    A drill is a patient one without a target.
     """
     target, options = row["answer"]["target"], expressions(tuple(sorted(row["answer"]["numbers"])))
-    patient, tries = rng.random() < PATIENT, []
+    patient, tries = drill or rng.random() < PATIENT, []
     while options and len(tries) < MAX_TRIES:
-        text, answer, value = rng.choices(options, [(1 + abs(o[2] - target)) ** -FOCUS for o in options])[0]
+        weights = None if drill else [(1 + abs(value - target)) ** -FOCUS for _, _, value in options]
+        text, answer, value = rng.choices(options, weights)[0]
         tries.append(text)
         options = [option for option in options if option[2] != value]
-        if value == target or (not patient and rng.random() < GIVE_UP):
+        if not drill and (value == target or (not patient and rng.random() < GIVE_UP)):
             return "\n".join(tries) + f"</think><answer>{answer}</answer><eos>", patient
     return "\n".join(tries), patient
 
 
 # ------------------------------------------------------------------------------------------------------------ the model
-
-
-def drill(rows: list[dict], rng: random.Random) -> str:
-    """Tries without a problem: nothing but arithmetic, to be learnt before anything else."""
-    return "\n".join(rng.choice(expressions(tuple(sorted(r["answer"]["numbers"]))))[0] for r in rng.choices(rows, k=DRILL_TRIES))
 
 
 def warm_up(model: Qwen2ForCausalLM, tokenizer: Qwen2Tokenizer, seed: int, steps: int) -> None:
@@ -127,23 +124,15 @@ def warm_up(model: Qwen2ForCausalLM, tokenizer: Qwen2Tokenizer, seed: int, steps
     optimizers = [torch.optim.Muon(matrices, lr=MUON, weight_decay=0.0), torch.optim.AdamW(others, lr=LR, betas=(0.9, 0.95), weight_decay=0.0)]
     ramp = lambda i: min(1.0, (i + 1) / 20, 1.5 * (1 - i / steps))  # noqa: E731
     schedules = [torch.optim.lr_scheduler.LambdaLR(optimizer, ramp) for optimizer in optimizers]
-    newline, start, equals = tokenizer.convert_tokens_to_ids([ALPHABET["\n"], "<think>", "="])
-    digits = set(tokenizer.convert_tokens_to_ids(list("0123456789") + NUMBERS))
+    newline, start = tokenizer.convert_tokens_to_ids([ALPHABET["\n"], "<think>"])
     began = time.time()
     for step in range(steps):
         examples = []
         for row in rng.choices(rows, k=BATCH):
-            if step < DRILLS * steps:
-                ids = tokenizer(drill(rows, rng))["input_ids"]
-                labels, on = [], False
-                for i in ids:
-                    labels.append(i if on else -100)
-                    on = i == equals or (on and i in digits)
-            else:
-                text, patient = worked_answer(row, rng)
-                ids = tokenizer(row["prompt"] + text)["input_ids"]
-                first = len(ids) - ids[::-1].index(start)
-                labels = [i if t >= first and not (patient and i == newline) else -100 for t, i in enumerate(ids)]
+            text, patient = worked_answer(row, rng, drill=step < DRILLS * steps)
+            ids = tokenizer(row["prompt"] + text)["input_ids"]
+            first = len(ids) - ids[::-1].index(start)
+            labels = [i if t >= first and not (patient and i == newline) else -100 for t, i in enumerate(ids)]
             examples.append((ids, labels))
         examples.sort(key=lambda example: len(example[0]))
         total, count = 0.0, sum(label >= 0 for _, labels in examples for label in labels)
@@ -167,7 +156,7 @@ def warm_up(model: Qwen2ForCausalLM, tokenizer: Qwen2Tokenizer, seed: int, steps
 
 
 MUON = 0.02
-DRILLS, DRILL_TRIES = 0.5, 8
+DRILLS = 0.5
 ALPHABET = {"\n": "\u010a"}
 STEPS, BATCH, MICRO_BATCH, LR = 600, 16, 8, 3e-3
 

@@ -1,0 +1,40 @@
+"""For every test: one thread, no network, the guard for the name `kernels`, and a tiny model with random weights."""
+import os
+import sys
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import ppo  # noqa: E402, F401  before any other import of transformers: see the guard at its top
+
+import hypothesis  # noqa: E402
+import pytest  # noqa: E402
+import tiny as tiny_folder  # noqa: E402
+import torch  # noqa: E402
+from transformers import AutoModelForCausalLM  # noqa: E402
+
+torch.set_num_threads(1)
+hypothesis.settings.register_profile("tests", deadline=None, derandomize=True, database=None, max_examples=100)
+hypothesis.settings.load_profile("tests")
+
+
+def random_folder(path: Path, tie: bool) -> str:
+    """Every parameter is moved, norms and biases too: with fresh ones many faults leave the numbers as they are."""
+    tiny_folder.make(path, seed=0, steps=0, tie=tie)
+    model = AutoModelForCausalLM.from_pretrained(path)
+    noise = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.05 * torch.randn(p.shape, generator=noise))
+    model.save_pretrained(path)
+    return str(path)
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory) -> str:
+    return random_folder(tmp_path_factory.mktemp("tiny"), tie=True)
+
+
+@pytest.fixture(scope="session")
+def tiny_untied(tmp_path_factory) -> str:
+    return random_folder(tmp_path_factory.mktemp("tiny_untied"), tie=False)
