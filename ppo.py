@@ -358,9 +358,9 @@ def train(args: Args) -> list[dict]:
         gap = (forward(policy, batch) - batch.sampler_logprobs).abs().view(ranks.world, -1).sum(1)
         worst = (gap / batch.mask.view(ranks.world, -1).sum(1)).max().item()
         limit = args.canary_limit or (0.05 if args.compute_dtype == torch.bfloat16 else 0.001)
-        why = f"over canary_limit={limit}: it has stale or wrong weights, or another temperature or precision"
+        why = f"over canary_limit={limit}: stale or wrong weights, or another temperature or precision"
         if not worst < limit:
-            raise RuntimeError(f"sync before step {step}: the engine is {worst:.4f} nats a token off the trainer, {why}")
+            raise RuntimeError(f"sync before step {step}: engine and trainer are {worst:.4f} nats a token apart, {why}")
         return worst
 
     def evaluate() -> dict[str, float]:
@@ -540,7 +540,7 @@ def line(row: dict, args: Args, seconds_per_step: float) -> str:
 
 def newest_checkpoint(out: str | Path) -> Path | None:
     """Complete ones only: a checkpoint is written aside and renamed."""
-    found = [path for path in (Path(out) / "checkpoints").glob("step_*") if path.name[5:].isdigit()]
+    found = [path for path in Path(out, "checkpoints").glob("step_*") if path.name[5:].isdigit()]
     return max(found, key=lambda path: int(path.name[5:]), default=None)
 
 

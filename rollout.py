@@ -110,7 +110,9 @@ class VLLMSampler:
             _prepare_cpu()
         from vllm import LLM
 
-        where = {"gpu_memory_utilization": gpu_memory} if cuda else {"kv_cache_memory_bytes": kv_cache_mb << 20}
+        special = {"gpu_memory_utilization": gpu_memory} if cuda else {"kv_cache_memory_bytes": kv_cache_mb << 20}
+        if not cuda:  # a prompt fed in two parts makes a seeded request fail there ("Generator does not use offset")
+            special |= {"enable_chunked_prefill": False, "max_num_batched_tokens": max(4096, max_len)}
         self.llm = LLM(
             path,
             skip_tokenizer_init=True,
@@ -124,7 +126,7 @@ class VLLMSampler:
             seed=seed,  # note: reseeds this process; equal on all ranks
             logprobs_mode="processed_logprobs",  # after temperature, as the trainer computes them
             use_tqdm_on_load=False,
-            **where,
+            **special,
         )
         os.environ.update({name: value for name, value in keep.items() if value is not None})
         self.eos_ids, self.max_len, self.awake = eos_ids, max_len, True

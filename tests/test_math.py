@@ -1,10 +1,11 @@
-"""The pure functions of ppo.py against hand-made numbers and brute force."""
+"""The pure functions of ppo.py, and the Meter, against hand-made numbers and brute force."""
 import math
 
 import numpy as np
 import pytest
 import torch
 
+import kernels
 import ppo
 
 LENGTHS = [(2, 5), (6, 1), (1, 9), (4, 0), (3, 4)]  # (prompt, response); no response: a sample left out of the loss
@@ -158,9 +159,9 @@ def test_value_loss_by_hand():
 
 def test_meter_weighs_every_entry_alike():
     """Guards means of means: micro-batches of different sizes, an empty one among them."""
-    meter = ppo.Meter()
+    meter = kernels.Meter()
     for x in (torch.tensor([1.0, 2.0, 3.0]), torch.tensor([]), torch.tensor([[10.0]])):
         meter.add("a", x)
     meter.add("b", torch.tensor([True, False, False, False]))
     meter.add("empty", torch.tensor([]))
-    assert meter.means(all_ranks=False) == {"a": 4.0, "b": 0.25, "empty": 0.0}
+    assert meter.means(kernels.Ranks()) == {"a": 4.0, "b": 0.25, "empty": 0.0}

@@ -1,0 +1,187 @@
+"""Countdown problems, encoding, the order of rows, and the token-budget plan."""
+import functools
+import math
+import random
+import statistics
+from collections import Counter
+from fractions import Fraction
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import AutoTokenizer
+
+import data
+import rewards
+
+
+def solve(numbers: list[int], target: int) -> str | None:
+    """An expression over all the numbers with that value, by trying every one."""
+
+    def search(items: list[tuple[Fraction, str]]) -> str | None:
+        if len(items) == 1:
+            return items[0][1] if items[0][0] == target else None
+        for i, (a, x) in enumerate(items):
+            for j, (b, y) in enumerate(items):
+                rest = [item for k, item in enumerate(items) if k not in (i, j)]
+                made = [(a + b, f"({x}+{y})"), (a * b, f"({x}*{y})")] if i < j else []
+                made += [(a - b, f"({x}-{y})")] + ([(a / b, f"({x}/{y})")] if b else []) if i != j else []
+                for new in made:
+                    if found := search([*rest, new]):
+                        return found
+        return None
+
+    return search([(Fraction(n), str(n)) for n in numbers])
+
+
+@functools.cache
+def rows(task: str, split: str) -> list[dict]:
+    return data.load(task, split)
+
+
+GENERATED = [(task, split) for task in ("countdown", "countdown3") for split in ("train", "test")]
+
+
+@pytest.mark.parametrize("task, split", GENERATED)
+def test_countdown_problems_have_a_solution(task, split):
+    """Guards problems that nobody can solve, as TinyZero's generator had none but others' did."""
+    for row in random.Random(0).sample(rows(task, split), 40):
+        expression = solve(**row["answer"])
+        assert rewards.evaluate(expression) == (row["answer"]["target"], rewards.evaluate(expression)[1])
+
+
+@pytest.mark.parametrize("task, split", GENERATED)
+def test_countdown_rows_are_as_documented(task, split):
+    """Guards numbers and targets out of range, duplicate problems and duplicate ids."""
+    problems = rows(task, split)
+    sizes, most = ((3,), 20) if task == "countdown3" else ((3, 4), 99)
+    for row in problems:
+        numbers, target = row["answer"]["numbers"], row["answer"]["target"]
+        assert len(numbers) in sizes and all(1 <= n <= most for n in numbers)
+        assert 1 <= target <= 100 and type(target) is int
+    assert {len(row["answer"]["numbers"]) for row in problems} == set(sizes)
+    assert len(problems) == {"train": {"countdown": 20_000, "countdown3": 10_000}[task], "test": 1024}[split]
+    assert len({row["id"] for row in problems}) == len(problems)
+    assert len({(*sorted(row["answer"]["numbers"]), -row["answer"]["target"]) for row in problems}) == len(problems)
+
+
+def test_train_and_test_share_no_set_of_numbers():
+    """Guards leaks into the held-out rows, in another order, under another seed or in the other task too."""
+    sets = {split: set() for split in ("train", "test")}
+    for task, split in GENERATED:
+        sets[split] |= {tuple(sorted(row["answer"]["numbers"])) for row in rows(task, split)}
+    other = data.countdown("train", seed=1, template="base", train=500)
+    sets["train"] |= {tuple(sorted(row["answer"]["numbers"])) for row in other}
+    assert not sets["train"] & sets["test"]
+
+
+def test_rows_are_functions_of_the_seed():
+    """Guards rows that differ from rank to rank or run to run, and a seed that nobody reads."""
+    one, again, other = (data.countdown("train", seed, "base", train=200) for seed in (3, 3, 4))
+    assert one == again and one != other
+
+
+def test_templates_say_numbers_and_target():
+    """Guards a prompt that lacks what the reward asks for."""
+    for template in ("base", "chat"):
+        for row in data.countdown("train", 0, template, train=50):
+            text = row["prompt"] if template == "base" else row["prompt"][0]["content"]
+            assert ", ".join(map(str, row["answer"]["numbers"])) in text and str(row["answer"]["target"]) in text
+            assert "<answer>" in text and "{" not in text
+            assert template == "base" or [m["role"] for m in row["prompt"]] == ["user"]
+
+
+@pytest.mark.parametrize("given, known", [(("nope", "train"), "countdown3"), (("countdown", "dev"), "test")])
+def test_load_names_what_there_is(given, known):
+    """Guards a bare KeyError for a mistyped task or split."""
+    with pytest.raises(ValueError, match=f"(?s){given[0] if known != 'test' else given[1]}.*{known}"):
+        data.load(*given)
+
+
+def test_load_names_the_templates_and_obeys_the_limit():
+    """Guards a mistyped template that falls back in silence, and a limit that is ignored."""
+    with pytest.raises(ValueError, match="(?s)jinja.*base.*chat"):
+        data.load("countdown3", "test", template="jinja")
+    assert data.load("countdown3", "test", limit=5) == rows("countdown3", "test")[:5]
+
+
+def test_encode_applies_the_chat_template_once(tiny):
+    """Guards chat prompts without their generation prompt, and special tokens added to a base prompt."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny)
+    base, chat = (data.countdown("train", 0, template, train=1)[0] for template in ("base", "chat"))
+    assert tokenizer.decode(data.encode(base, tokenizer, 500)) == base["prompt"]
+    expected = tokenizer.apply_chat_template(chat["prompt"], add_generation_prompt=True, tokenize=False)
+    assert tokenizer.decode(data.encode(chat, tokenizer, 500)) == expected
+    assert expected != tokenizer.apply_chat_template(chat["prompt"], tokenize=False)
+
+
+def test_encode_refuses_long_and_empty_prompts_with_both_numbers(tiny):
+    """Guards prompts that are cut or dropped in silence, and an off-by-one at the limit."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny)
+    row = data.countdown("train", 0, "base", train=1)[0]
+    length = len(data.encode(row, tokenizer, 500))
+    assert len(data.encode(row, tokenizer, length)) == length
+    with pytest.raises(ValueError, match=f"{row['id']}.*{length} tokens.*{length - 1}"):
+        data.encode(row, tokenizer, length - 1)
+    with pytest.raises(ValueError, match="0 tokens"):
+        data.encode(row | {"prompt": ""}, tokenizer, 500)
+
+
+@pytest.mark.parametrize("count, size", [(12, 4), (10, 4), (3, 8)])
+def test_batch_visits_every_row_once_an_epoch(count, size):
+    """Guards rows that repeat or are never seen, when the batch does not divide the epoch or is larger too."""
+    items = [{"id": i} for i in range(count)]
+    stream = [row["id"] for step in range(3 * count) for row in data.batch(items, step, size, seed=1)]
+    epochs = [stream[i : i + count] for i in range(0, 3 * count * size, count)]
+    assert all(sorted(epoch) == list(range(count)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) > 1 or count == 1  # epochs have different orders
+    assert [row["id"] for row in data.batch(items, 0, size, seed=2)] != stream[:size]
+
+
+def test_batch_is_a_function_of_the_step():
+    """Guards a resume that repeats or skips a batch: step 7 is the same, whatever was asked before."""
+    items = [{"id": i} for i in range(10)]
+    random.seed(1)
+    straight = [data.batch(items, step, 4, seed=5) for step in range(9)]
+    random.seed(2)
+    assert [data.batch(items, step, 4, seed=5) for step in (8, 7, 0)] == [straight[8], straight[7], straight[0]]
+    assert [row["id"] for row in items] == list(range(10))  # the caller's list is not shuffled
+
+
+# -------------------------------------------------------------------------------------------------- micro-batches
+
+
+@given(st.lists(st.integers(0, 100), max_size=60), st.integers(100, 400), st.integers(1, 6))
+def test_plan_keeps_its_promises(lengths, budget, ranks):
+    """Guards a budget that is exceeded, sequences lost or doubled, and ranks with unequal counts (FSDP would hang)."""
+    plan = data.plan_microbatches(lengths, budget, ranks)
+    assert len(plan) == ranks and len({len(rank) for rank in plan}) == 1 and plan[0]
+    chosen = [i for rank in plan for microbatch in rank for i in microbatch]
+    assert Counter(chosen) == Counter(range(len(lengths)))
+    assert all(sum(lengths[i] for i in microbatch) <= budget for rank in plan for microbatch in rank)
+    assert plan == data.plan_microbatches(list(lengths), budget, ranks)
+
+
+def test_plan_refuses_what_does_not_fit():
+    """Guards a sequence over the budget that is dropped in silence, or run and out of memory."""
+    assert data.plan_microbatches([300, 10], 300) == [[[0], [1]]]
+    with pytest.raises(ValueError, match="301 tokens.*300.*max_tokens_per_microbatch"):
+        data.plan_microbatches([10, 301], 300)
+
+
+@pytest.mark.parametrize("ranks", [1, 4])
+@pytest.mark.parametrize("budget", [18_000, 32_768])
+@pytest.mark.parametrize("median, sigma", [(1500, 1.0), (3000, 1.0), (6000, 0.7)])
+def test_plan_is_nearly_as_good_as_possible(median, sigma, budget, ranks):
+    """Guards a plan that wastes passes or leaves ranks waiting, on lengths as reasoning models make them."""
+    imbalance = []
+    for seed in range(8):
+        rng = random.Random(seed)
+        lengths = [max(1, min(16_384, round(rng.lognormvariate(math.log(median), sigma)))) for _ in range(256)]
+        plan = data.plan_microbatches(lengths, budget, ranks)
+        least = max(sum(lengths) / budget, sum(length > budget / 2 for length in lengths))
+        assert len(plan[0]) <= math.ceil(1.06 * math.ceil(least) / ranks)
+        imbalance.append(data.plan_summary(lengths, budget, ranks)["perf/rank_imbalance"])
+        work = [sum(data.cost(lengths[i]) for microbatch in rank for i in microbatch) for rank in plan]
+        assert imbalance[-1] == pytest.approx(max(work) / statistics.mean(work) - 1)
+    assert statistics.median(imbalance) < 0.05

@@ -1,0 +1,133 @@
+"""Rewards are what RL attacks: golds score 1, nothing else does, and no text raises or takes long."""
+import time
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from test_data import solve
+
+import data
+import rewards
+
+ROW = {"task": "countdown", "answer": {"numbers": [3, 5, 7], "target": 22}}
+
+
+def wrap(answer: str) -> str:
+    return f"let me see</think><answer>{answer}</answer>"
+
+
+@pytest.mark.parametrize("task", ["countdown", "countdown3"])
+def test_golds_score_one(task):
+    """Guards a parser that refuses right answers: every sampled problem's own solution must score 1."""
+    for row in data.load(task, "test", limit=60):
+        gold = solve(**row["answer"])
+        assert rewards.countdown(wrap(gold), row) == {"reward": 1.0, "correct": 1.0, "status": "ok", "format": 1.0}
+        assert rewards.countdown(wrap(f" {gold[1:-1]}\n"), row)["reward"] == 1.0  # no outer parentheses, spaces
+
+
+ANSWERS = [  # (reward, what stands between the tags)
+    (1.0, "3*5+7"), (1.0, "(7) + ((3 * 5))"), (1.0, "5*3\n+7"), (1.0, "\r\n\t3*5 + 7 "),
+    (0.1, "3*5-7"), (0.1, "22"), (0.1, "11+11"), (0.1, "3*5+7+0"), (0.1, "3*5+7+7-7"), (0.1, "3*5"), (0.1, "3+5+7"),
+    (0.1, "7/(3-3)"), (0.1, "3/(5-5)*0"), (0.1, "1/0"),
+    (0.0, ""), (0.0, " "), (0.0, "\n"), (0.0, "()"), (0.0, "3*5+7=22"), (0.0, "3*5+7,"), (0.0, "3*5 7"), (0.0, "3*5++7"),
+    (0.0, "-3*-5+7"), (0.0, "+3*5+7"), (0.0, "7--3*5"), (0.0, "3*5+7.0"), (0.0, "3.*5+7"), (0.0, "3e0*5+7"), (0.0, "0x3*5+7"),
+    (0.0, "3_0/2+7"), (0.0, "1_5+7"), (0.0, "03*5+7"), (0.0, "3 * 5 + 0 7"), (0.0, "٣*٥+٧"), (0.0, "３*５+７"), (0.0, "³*5+7"),
+    (0.0, "3×5+7"), (0.0, "3*5+7"), (0.0, "3*5−7"), (0.0, "3\u00a0*5+7"), (0.0, "3*5+7\x00"), (0.0, "3*5+7\ud800"),
+    (0.0, "9**9**9"), (0.0, "3**2"), (0.0, "7//3"), (0.0, "3%5"), (0.0, "3@5"), (0.0, "3<<5"), (0.0, "3^5"), (0.0, "~3"),
+    (0.0, "3if 5else 7"), (0.0, "(3,5)"), (0.0, "[3*5+7]"), (0.0, "lambda:22"), (0.0, "3(5)+7"), (0.0, "(3)(5)"),
+    (0.0, "__import__('os')"), (0.0, "().__class__"), (0.0, "(3).real*5+7"), (0.0, "exit()"), (0.0, "True*22"),
+    (0.0, "3*5+7#"), (0.0, "3*5+7;1"), (0.0, "3*5+7\\\n"), (0.0, "'22'"), (0.0, "f'{22}'"), (0.0, "x:=22"), (0.0, "3*5+7</answer"),
+    (0.0, "(" * 90 + "3*5+7"), (0.0, "3*5+7" + ")" * 90), (0.0, "9" * 100_000), (0.0, "9*" * 50_000 + "9"),
+    (0.0, "(" * 50_000 + "1" + ")" * 50_000), (0.0, " " * 100_000), (0.0, "\n" * 100_000), (0.0, "-" * 100_000),
+    (0.1, "(" * 90 + "1" + ")" * 90), (0.1, "9*" * 99 + "9"), (0.1, "9" * 200), (0.0, "9" * 201), (0.1, "1/" * 99 + "1"),
+]  # fmt: skip
+
+
+TEXTS = [  # (reward, the whole response)
+    (0.0, ""), (0.0, "3*5+7"), (0.0, "<answer>3*5+7"), (0.0, "3*5+7</answer>"), (0.0, "</answer>3*5+7<answer>"),
+    (0.0, "<answer 3*5+7</answer>"), (0.0, "<ANSWER>3*5+7</ANSWER>"), (0.0, "<answer><answer>3*5+7</answer></answer>"),
+    (0.0, "<answer><b>3*5+7</b></answer>"), (0.0, "<answer>3*5+7</answer><answer></answer>"), (0.0, "\ud800\x00"),
+    (1.0, "<answer>1</answer> no, <answer>3*5+7</answer>"), (0.1, "<answer>3*5+7</answer> no, <answer>1</answer>"),
+    (1.0, "<answer>1 <answer>3*5+7</answer>"), (1.0, "<answer>3*5+7</answer> and <answer>"),
+    (1.0, "</think></think></answer><answer>3*5+7</answer>!"), (1.0, "x" * 100_000 + "<answer>3*5+7</answer>"),
+    (1.0, "<answer>" * 12_500 + "3*5+7</answer>"), (0.0, "<answer>" * 12_500), (0.0, "</answer>" * 11_111),
+    (0.0, "<answer>" + "</answer" * 12_500), (0.0, "<answer>" + "<" * 100_000 + "</answer>"), (0.1, "<answer>1</answer>" * 5_000),
+]  # fmt: skip
+
+
+def seconds(text: str) -> float:
+    best = 1.0
+    for _ in range(5):
+        start = time.perf_counter()
+        rewards.countdown(text, ROW)
+        best = min(best, time.perf_counter() - start)
+    return best
+
+
+@pytest.mark.parametrize("reward, text", [(r, wrap(a)) for r, a in ANSWERS] + TEXTS, ids=lambda x: repr(x)[:50])
+def test_attacks_score_what_they_deserve_and_fast(reward, text):
+    """Guards eval of model text: hangs, exceptions, and answers that score without being one."""
+    result = rewards.countdown(text, ROW)
+    assert result["reward"] == reward
+    assert result["correct"] == (reward == 1.0) and result["format"] == (reward > 0)
+    assert result["status"] == ("ok" if reward == 1.0 else "wrong" if "<answer>" in text and rewards.last_answer(text) is not None else "no_answer")
+    assert seconds(text) < 1e-3
+
+
+@pytest.mark.parametrize("numbers, target, answer, reward", [
+    ([1, 3, 3], 1, "(1/3)*3", 1.0),  # in floats too
+    ([1, 49, 49], 1, "(1/49)*49", 1.0),  # in floats 0.9999999999999999
+    ([1, 3, 3, 3], 1, "1/3+1/3+1/3", 0.1),  # 1 used three times
+    ([8, 3, 3, 8], 24, "8/(3-8/3)", 1.0),
+    ([5, 5, 1], 25, "5*5", 0.1), ([5, 5, 1], 25, "5*5*1", 1.0), ([5, 1], 25, "5*5*1", 0.1),  # missing, all, twice
+    ([25], 25, "25", 1.0), ([2, 5], 25, "25", 0.1), ([2, 5], 25, "2 5", 0.0),
+])  # fmt: skip
+def test_arithmetic_is_exact_and_numbers_are_counted(numbers, target, answer, reward):
+    """Guards floats, numbers used twice or left out, and digits joined into another number."""
+    assert rewards.countdown(wrap(answer), {"answer": {"numbers": numbers, "target": target}})["reward"] == reward
+
+
+NASTY = ["<answer>", "</answer>", "<answer", ">", "(", ")", "((", "3", "5", "7", "22", "0", "007", "9" * 60, "+", "-", "*", "/", "**",
+         "//", ".", "_", "e", "j", "0x", " ", "\n", "\t", "\r", "\x00", "\ud800", "٣", "lambda:", "[", "{", "'", "#", "\\", "=", "if"]  # fmt: skip
+
+
+@given(st.lists(st.sampled_from(NASTY), max_size=40).map("".join), st.booleans())
+def test_no_text_raises(text, tags):
+    """Guards an exception that would end a run of hours, and rewards outside {0, 0.1, 1}."""
+    result = rewards.countdown(wrap(text) if tags else text, ROW)
+    assert result["reward"] in (0.0, 0.1, 1.0) and result["correct"] == (result["reward"] == 1.0)
+
+
+def test_unfinished_responses_score_zero():
+    """Guards a reward for a response that was cut at its length limit."""
+    results = rewards.score([wrap("3*5+7")] * 2 + [wrap("1")], [ROW] * 3, [True, False, False])
+    assert [r["reward"] for r in results] == [1.0, 0.0, 0.0] and [r["correct"] for r in results] == [1.0, 0.0, 0.0]
+    assert [r["reward"] for r in rewards.score([wrap("3*5+7")], [ROW])] == [1.0]
+
+
+def test_our_own_mistakes_raise():
+    """Guards rows without a reward, or without what the reward needs, that would score 0 for ever."""
+    with pytest.raises(ValueError, match="(?s)chess.*countdown"):
+        rewards.score(["", ""], [ROW, ROW | {"task": "chess"}])
+    with pytest.raises(ValueError, match="1 texts.*2 rows"):
+        rewards.score([""], [ROW, ROW])
+    for bad in ({"numbers": [1]}, {"target": 1}):
+        with pytest.raises(KeyError):
+            rewards.score([""], [{"task": "countdown", "answer": bad}])
+    for row in ({"task": "countdown"}, {"answer": ROW["answer"]}):
+        with pytest.raises(KeyError):
+            rewards.score([""], [row])
+
+
+def test_summary_leaves_our_failures_out():
+    """Guards infra failures that count as reward 0, and parts averaged over rows that do not have them."""
+    scored = [
+        {"reward": 1.0, "correct": 1.0, "status": "ok", "format": 1.0},
+        {"reward": 0.0, "correct": 0.0, "status": "timeout"},
+        {"reward": 0.0, "correct": 0.0, "status": "infra", "format": 0.0},
+        {"reward": 0.2, "correct": 0.0, "status": "wrong", "format": 0.5},
+    ]
+    assert rewards.summary(scored) == pytest.approx({
+        "reward/mean": 0.4, "reward/correct": 1 / 3, "reward/format": 0.75,
+        "reward/infra_frac": 0.25, "reward/timeout_frac": 0.25,
+    })  # fmt: skip
