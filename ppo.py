@@ -189,6 +189,8 @@ def check(args: Args, world: int) -> transformers.PretrainedConfig:
         expect(world % n == 0, f"{flag}={n} does not divide the {world} ranks: launch a multiple of {n}")
         expect(heads % n == 0, f"{flag}={n} does not divide the {heads} attention heads: use a divisor of {heads}")
     expect(args.tp == 1 or args.engine == "vllm", f"tp={args.tp} needs --engine vllm, not {args.engine}")
+    greedy = args.eval_temperature == 0 and args.eval_samples > 1
+    expect(not greedy, f"eval_samples={args.eval_samples} greedy answers are all the same: raise --eval_temperature")
     longest, room = args.max_prompt_tokens + args.max_new_tokens, args.max_tokens_per_microbatch * args.sp
     text = f"max_prompt_tokens + max_new_tokens = {longest} tokens, but"
     expect(longest <= room, f"{text} max_tokens_per_microbatch x sp = {room}: raise the budget or lower the limits")

@@ -44,10 +44,11 @@ GENERATED = [(task, split) for task in ("countdown", "countdown3") for split in 
 
 @pytest.mark.parametrize("task, split", GENERATED)
 def test_countdown_problems_have_a_solution(task, split):
-    """Guards problems that nobody can solve, as TinyZero's generator had none but others' did."""
+    """Guards problems that nobody can solve: they would score 0 for ever and look like a hard task."""
     for row in random.Random(0).sample(rows(task, split), 40):
         expression = solve(**row["answer"])
-        assert rewards.evaluate(expression) == (row["answer"]["target"], rewards.evaluate(expression)[1])
+        value, used = rewards.evaluate(expression)
+        assert value == row["answer"]["target"] and sorted(used) == sorted(row["answer"]["numbers"])
 
 
 @pytest.mark.parametrize("task, split", GENERATED)
@@ -151,7 +152,7 @@ def test_batch_is_a_function_of_the_step():
 # -------------------------------------------------------------------------------------------------- micro-batches
 
 
-@given(st.lists(st.integers(0, 100), max_size=60), st.integers(100, 400), st.integers(1, 6))
+@given(st.lists(st.integers(0, 12), max_size=40), st.integers(12, 36), st.integers(1, 6))  # so that bins get full
 def test_plan_keeps_its_promises(lengths, budget, ranks):
     """Guards a budget that is exceeded, sequences lost or doubled, and ranks with unequal counts (FSDP would hang)."""
     plan = data.plan_microbatches(lengths, budget, ranks)

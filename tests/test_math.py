@@ -39,7 +39,7 @@ def test_gae_is_the_double_sum(gamma, lam):
 
 
 def test_gae_with_lambda_one_returns_the_rest_of_the_rewards():
-    """Guards returns = advantages + values: at gamma = lambda = 1 they are plain sums and no value may be left in them."""
+    """Guards returns = advantages + values: at gamma = lambda = 1 they are sums of rewards, without any value."""
     x = ragged()
     _, returns = ppo.gae(x["token_rewards"], x["values"], x["mask"], 1.0, 1.0)
     kept = x["token_rewards"] * x["mask"]
@@ -160,8 +160,8 @@ def test_value_loss_by_hand():
 def test_meter_weighs_every_entry_alike():
     """Guards means of means: micro-batches of different sizes, an empty one among them."""
     meter = kernels.Meter()
-    for x in (torch.tensor([1.0, 2.0, 3.0]), torch.tensor([]), torch.tensor([[10.0]])):
+    for x in (torch.tensor([1.0, 2.0, 3.0]), torch.tensor([]), torch.tensor([[14.0]])):
         meter.add("a", x)
     meter.add("b", torch.tensor([True, False, False, False]))
     meter.add("empty", torch.tensor([]))
-    assert meter.means(kernels.Ranks()) == {"a": 4.0, "b": 0.25, "empty": 0.0}
+    assert meter.means(kernels.Ranks()) == {"a": 5.0, "b": 0.25, "empty": 0.0}

@@ -25,34 +25,38 @@ def test_golds_score_one(task):
         assert rewards.countdown(wrap(f" {gold[1:-1]}\n"), row)["reward"] == 1.0  # no outer parentheses, spaces
 
 
-ANSWERS = [  # (reward, what stands between the tags)
-    (1.0, "3*5+7"), (1.0, "(7) + ((3 * 5))"), (1.0, "5*3\n+7"), (1.0, "\r\n\t3*5 + 7 "),
-    (0.1, "3*5-7"), (0.1, "22"), (0.1, "11+11"), (0.1, "3*5+7+0"), (0.1, "3*5+7+7-7"), (0.1, "3*5"), (0.1, "3+5+7"),
-    (0.1, "7/(3-3)"), (0.1, "3/(5-5)*0"), (0.1, "1/0"),
-    (0.0, ""), (0.0, " "), (0.0, "\n"), (0.0, "()"), (0.0, "3*5+7=22"), (0.0, "3*5+7,"), (0.0, "3*5 7"), (0.0, "3*5++7"),
-    (0.0, "-3*-5+7"), (0.0, "+3*5+7"), (0.0, "7--3*5"), (0.0, "3*5+7.0"), (0.0, "3.*5+7"), (0.0, "3e0*5+7"), (0.0, "0x3*5+7"),
-    (0.0, "3_0/2+7"), (0.0, "1_5+7"), (0.0, "03*5+7"), (0.0, "3 * 5 + 0 7"), (0.0, "٣*٥+٧"), (0.0, "３*５+７"), (0.0, "³*5+7"),
-    (0.0, "3×5+7"), (0.0, "3*5+7"), (0.0, "3*5−7"), (0.0, "3\u00a0*5+7"), (0.0, "3*5+7\x00"), (0.0, "3*5+7\ud800"),
-    (0.0, "9**9**9"), (0.0, "3**2"), (0.0, "7//3"), (0.0, "3%5"), (0.0, "3@5"), (0.0, "3<<5"), (0.0, "3^5"), (0.0, "~3"),
-    (0.0, "3if 5else 7"), (0.0, "(3,5)"), (0.0, "[3*5+7]"), (0.0, "lambda:22"), (0.0, "3(5)+7"), (0.0, "(3)(5)"),
-    (0.0, "__import__('os')"), (0.0, "().__class__"), (0.0, "(3).real*5+7"), (0.0, "exit()"), (0.0, "True*22"),
-    (0.0, "3*5+7#"), (0.0, "3*5+7;1"), (0.0, "3*5+7\\\n"), (0.0, "'22'"), (0.0, "f'{22}'"), (0.0, "x:=22"), (0.0, "3*5+7</answer"),
-    (0.0, "(" * 90 + "3*5+7"), (0.0, "3*5+7" + ")" * 90), (0.0, "9" * 100_000), (0.0, "9*" * 50_000 + "9"),
-    (0.0, "(" * 50_000 + "1" + ")" * 50_000), (0.0, " " * 100_000), (0.0, "\n" * 100_000), (0.0, "-" * 100_000),
-    (0.1, "(" * 90 + "1" + ")" * 90), (0.1, "9*" * 99 + "9"), (0.1, "9" * 200), (0.0, "9" * 201), (0.1, "1/" * 99 + "1"),
-]  # fmt: skip
-
-
-TEXTS = [  # (reward, the whole response)
-    (0.0, ""), (0.0, "3*5+7"), (0.0, "<answer>3*5+7"), (0.0, "3*5+7</answer>"), (0.0, "</answer>3*5+7<answer>"),
-    (0.0, "<answer 3*5+7</answer>"), (0.0, "<ANSWER>3*5+7</ANSWER>"), (0.0, "<answer><answer>3*5+7</answer></answer>"),
-    (0.0, "<answer><b>3*5+7</b></answer>"), (0.0, "<answer>3*5+7</answer><answer></answer>"), (0.0, "\ud800\x00"),
-    (1.0, "<answer>1</answer> no, <answer>3*5+7</answer>"), (0.1, "<answer>3*5+7</answer> no, <answer>1</answer>"),
-    (1.0, "<answer>1 <answer>3*5+7</answer>"), (1.0, "<answer>3*5+7</answer> and <answer>"),
-    (1.0, "</think></think></answer><answer>3*5+7</answer>!"), (1.0, "x" * 100_000 + "<answer>3*5+7</answer>"),
-    (1.0, "<answer>" * 12_500 + "3*5+7</answer>"), (0.0, "<answer>" * 12_500), (0.0, "</answer>" * 11_111),
-    (0.0, "<answer>" + "</answer" * 12_500), (0.0, "<answer>" + "<" * 100_000 + "</answer>"), (0.1, "<answer>1</answer>" * 5_000),
-]  # fmt: skip
+ANSWERS = {  # reward -> what stands between the tags
+    1.0: ["3*5+7", "(7) + ((3 * 5))", "5*3\n+7", "\r\n\t3*5 + 7 "],
+    0.1: [  # arithmetic over integers, so well-formed, but not the answer
+        "3*5-7", "22", "11+11", "3*5+7+0", "3*5+7+7-7", "3*5", "3+5+7", "7/(3-3)", "3/(5-5)*0", "1/0",
+        "(" * 90 + "1" + ")" * 90, "9*" * 99 + "9", "1/" * 99 + "1", "9" * 200,
+    ],
+    0.0: [
+        "", " ", "\n", "()", "3*5+7=22", "3*5+7,", "3*5 7", "3*5++7", "(3,5)", "[3*5+7]", "3*5+7#", "3*5+7;1",
+        "3*5+7\\\n", "-3*-5+7", "+3*5+7", "7--3*5", "3*5+7.0", "3.*5+7", "3e0*5+7", "0x3*5+7", "3_0/2+7", "1_5+7",
+        "03*5+7", "3*5+0 7", "٣*٥+٧", "３*５+７", "³*5+7", "3×5+7", "3*5\uff0b7", "3*5\u22127", "3\u00a0*5+7",
+        "3*5+7\x00", "3*5+7\ud800", "9**9**9", "3**2", "7//3", "3%5", "3@5", "3<<5", "3^5", "~3", "3if 5else 7",
+        "x:=22", "lambda:22", "True*22", "3(5)+7", "(3)(5)", "exit()", "__import__('os')", "().__class__",
+        "(3).real*5+7", "'22'", "f'{22}'", "3*5+7</answer", "(" * 90 + "3*5+7", "3*5+7" + ")" * 90,
+        "(" * 50_000 + "1" + ")" * 50_000, "9*" * 50_000 + "9", "9" * 201, *(c * 100_000 for c in "9 \n-(<"),
+    ],
+}  # fmt: skip
+TEXTS = {  # reward -> the whole response
+    1.0: [
+        "<answer>1</answer> no, <answer>3*5+7</answer>", "<answer>1 <answer>3*5+7</answer>",
+        "<answer>3*5+7</answer> and <answer>", "</think></think></answer><answer>3*5+7</answer>!",
+        "x" * 100_000 + "<answer>3*5+7</answer>", "<answer>" * 12_500 + "3*5+7</answer>",
+    ],
+    0.1: ["<answer>3*5+7</answer> no, <answer>1</answer>", "<answer>1</answer>" * 5_000],
+    0.0: [
+        "", "3*5+7", "<answer>3*5+7", "3*5+7</answer>", "</answer>3*5+7<answer>", "<answer 3*5+7</answer>",
+        "\ud800\x00", "<ANSWER>3*5+7</ANSWER>", "<answer><answer>3*5+7</answer></answer>",
+        "<answer><b>3*5+7</b></answer>", "<answer>3*5+7</answer><answer></answer>", "<answer>" * 12_500,
+        "</answer>" * 11_111, "<answer>" + "</answer" * 12_500,
+    ],
+}  # fmt: skip
+CASES = [(reward, wrap(answer)) for reward, answers in ANSWERS.items() for answer in answers]
+CASES += [(reward, text) for reward, texts in TEXTS.items() for text in texts]
 
 
 def seconds(text: str) -> float:
@@ -64,13 +68,13 @@ def seconds(text: str) -> float:
     return best
 
 
-@pytest.mark.parametrize("reward, text", [(r, wrap(a)) for r, a in ANSWERS] + TEXTS, ids=lambda x: repr(x)[:50])
+@pytest.mark.parametrize("reward, text", CASES, ids=lambda x: repr(x)[:50])
 def test_attacks_score_what_they_deserve_and_fast(reward, text):
     """Guards eval of model text: hangs, exceptions, and answers that score without being one."""
     result = rewards.countdown(text, ROW)
     assert result["reward"] == reward
     assert result["correct"] == (reward == 1.0) and result["format"] == (reward > 0)
-    assert result["status"] == ("ok" if reward == 1.0 else "wrong" if "<answer>" in text and rewards.last_answer(text) is not None else "no_answer")
+    assert (result["status"] == "ok") == (reward == 1.0)
     assert seconds(text) < 1e-3
 
 
@@ -87,8 +91,8 @@ def test_arithmetic_is_exact_and_numbers_are_counted(numbers, target, answer, re
     assert rewards.countdown(wrap(answer), {"answer": {"numbers": numbers, "target": target}})["reward"] == reward
 
 
-NASTY = ["<answer>", "</answer>", "<answer", ">", "(", ")", "((", "3", "5", "7", "22", "0", "007", "9" * 60, "+", "-", "*", "/", "**",
-         "//", ".", "_", "e", "j", "0x", " ", "\n", "\t", "\r", "\x00", "\ud800", "٣", "lambda:", "[", "{", "'", "#", "\\", "=", "if"]  # fmt: skip
+NASTY = ["<answer>", "</answer>", "<answer", *"()+-*/<>357[{'#\\=._ej \n\t\r\x00\ud800٣", "((", "22", "007", "9" * 60]
+NASTY += ["**", "//", "0x", "lambda:", "if"]
 
 
 @given(st.lists(st.sampled_from(NASTY), max_size=40).map("".join), st.booleans())
@@ -103,6 +107,13 @@ def test_unfinished_responses_score_zero():
     results = rewards.score([wrap("3*5+7")] * 2 + [wrap("1")], [ROW] * 3, [True, False, False])
     assert [r["reward"] for r in results] == [1.0, 0.0, 0.0] and [r["correct"] for r in results] == [1.0, 0.0, 0.0]
     assert [r["reward"] for r in rewards.score([wrap("3*5+7")], [ROW])] == [1.0]
+
+
+def test_status_says_why():
+    """Guards a response without an answer that is counted as a wrong answer."""
+    texts = [wrap("3*5+7"), wrap("1"), wrap("2**3"), "3*5+7", "<answer>3*5+7"]
+    statuses = [r["status"] for r in rewards.score(texts, [ROW] * 5)]
+    assert statuses == ["ok", "wrong", "wrong", "no_answer", "no_answer"]
 
 
 def test_our_own_mistakes_raise():

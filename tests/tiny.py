@@ -1,4 +1,4 @@
-"""Makes a tiny Hugging Face folder (Qwen2, 1M parameters) that knows a little Countdown: python tests/tiny.py DIR
+"""Makes a tiny Hugging Face folder (Qwen2, 0.6M parameters) that knows a little Countdown: python tests/tiny.py DIR
 
 Owns: the tokenizer, the demonstrator whose worked answers warm the model up, and the supervised steps on them.
 Refuses to know: PPO. Everything follows from `seed`; steps=0 gives the random-initialised folder in two seconds.
@@ -6,8 +6,8 @@ Refuses to know: PPO. Everything follows from `seed`; steps=0 gives the random-i
 The demonstrator tries one expression after another until one fits, then answers with its last try:
 
     <think>5*3=15 15+7=22          two equations a try: first two of the numbers, then their result with the third
-    20-15=5 7-5=2                  (always the larger one first, every result a whole number in 1..120)
-    </think><answer>7-(20-15)</answer><eos>
+    5+3=8 8*7=56                   (the larger one first, results in 1..120, no division)
+    </think><answer>(5+3)*7</answer><eos>
 
 Its tries are guesses: no value twice, and values near the target more often. Its impatience is on purpose: after half
 of its wrong tries it gives up and answers with the wrong one. So the model learns to calculate, to notice a fit and to
@@ -37,7 +37,7 @@ import data  # noqa: E402
 # ------------------------------------------------------------------------------------------------------- the tokenizer
 
 TAGS = ["<think>", "</think>", "<answer>", "</answer>"]  # one token each, but text: they must survive decoding
-NUMBERS = [str(n) for n in range(10, 121)]  # one token each, as in Llama 3: to add 1M parameters is hard enough
+NUMBERS = [str(n) for n in range(10, 121)]  # one token each, as in Llama 3: carrying is hard for a tiny model
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% if message.role == 'assistant' %}"
     "{{ eos_token }}{% endif %}{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
@@ -75,8 +75,11 @@ MAX_TRIES = 9
 
 
 def combine(a: int, b: int) -> list[tuple[str, int]]:
-    """(operator, result) of every operator that may be used on a >= b."""
-    results = {"+": a + b, "-": a - b, "*": a * b, "/": a // b if b > 1 and a % b == 0 else 0}
+    """(operator, result) of every operator that is tried on a >= b.
+
+    No division: when it comes out even is the hardest to learn, and six problems in seven can be solved without it.
+    """
+    results = {"+": a + b, "-": a - b, "*": a * b}
     return [(operator, result) for operator, result in results.items() if 0 < result <= BOUND]
 
 
@@ -115,9 +118,9 @@ def worked_answer(row: dict, rng: random.Random, drill: bool) -> tuple[str, bool
 
 # ------------------------------------------------------------------------------------------------------------ the model
 
-STEPS, BATCH = 1000, 16  # a little over two minutes on two cores
+STEPS, BATCH = 1000, 16  # about three minutes on two cores
 MATRIX_LR, OTHER_LR = 0.02, 3e-3
-DRILLS = 0.35  # of the steps, the first ones, are on drills
+DRILLS = 0.3  # of the steps, the first ones, are on drills
 
 
 def warm_up(model: Qwen2ForCausalLM, tokenizer: Qwen2Tokenizer, seed: int, steps: int) -> None:

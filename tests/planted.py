@@ -1,0 +1,150 @@
+"""Does every test fail on the fault it guards? python tests/planted.py [NAME ...]
+
+Each bug below is planted alone, into a copy of the repository, and the named test files must notice. Exit code 1 when
+one of them does not. Run this after a change to the tests, and add a line here for every bug that got through.
+"""
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+class Bug(NamedTuple):
+    name: str
+    file: str
+    old: str  # stands there exactly once
+    new: str
+    tests: tuple[str, ...]  # each of these files must fail
+
+
+MATH, ALIGNMENT, KERNELS = ("test_math.py",), ("test_alignment.py",), ("test_kernels.py",)
+DATA, REWARDS = ("test_data.py",), ("test_rewards.py",)
+BUGS = [
+    # the classics of PPO
+    Bug("advantage-sign", "ppo.py", "torch.maximum(-advantages * ratio, -advantages * clipped)",
+        "torch.maximum(advantages * ratio, advantages * clipped)", MATH),
+    Bug("ratio-inverted", "ppo.py", "ratio = torch.exp(logprobs - old_logprobs)",
+        "ratio = torch.exp(old_logprobs - logprobs)", MATH),
+    Bug("minimum", "ppo.py", "torch.maximum(-advantages * ratio", "torch.minimum(-advantages * ratio", MATH),
+    Bug("clips-swapped", "ppo.py", "ratio.clamp(1 - clip_low, 1 + clip_high)",
+        "ratio.clamp(1 - clip_high, 1 + clip_low)", MATH),
+    Bug("value-minimum", "ppo.py", "torch.maximum(error, clipped_error)", "torch.minimum(error, clipped_error)", MATH),
+    Bug("kl-sign", "ppo.py", "log_ratio = logprobs - ref_logprobs", "log_ratio = ref_logprobs - logprobs", MATH),
+    Bug("kl-controller", "ppo.py", "kl / target - 1", "1 - kl / target", MATH),
+    Bug("gae-no-mask", "ppo.py", "chosen = mask[:, t]", "chosen = torch.ones_like(mask[:, t])", MATH),
+    Bug("gae-value-of-padding", "ppo.py", "next_value = torch.where(chosen, values[:, t], next_value)",
+        "next_value = values[:, t]", MATH),
+    Bug("gae-in-place", "ppo.py", "advantages = torch.zeros_like(values)", "advantages = values", MATH),
+    Bug("returns-off-mask", "ppo.py", "torch.where(mask, advantages + values, 0.0)", "advantages + values", MATH),
+    Bug("whiten-no-mask", "ppo.py", "chosen = x[mask]", "chosen = x", MATH),
+    Bug("meter-mean-of-means", "kernels.py", "torch.stack([x.sum(), torch.full_like(x.sum(), x.numel())])",
+        "torch.stack([x.sum() / max(1, x.numel()), torch.ones_like(x.sum())])", MATH),
+    # alignment
+    Bug("eos-missing-from-mask", "rollout.py", "[True] * len(s.ids) + [False] * f",
+        "[True] * (len(s.ids) - s.finished) + [False] * (f + s.finished)", ALIGNMENT),
+    Bug("mask-from-ids", "rollout.py", "[True] * len(s.ids)", "[i > 1 for i in s.ids]", ALIGNMENT),
+    Bug("sampler-drops-eos", "rollout.py", "Sample(row[:length], logp[:length], end is not None)",
+        "Sample(row[: length - bool(end)], logp[: length - bool(end)], end is not None)", ALIGNMENT),
+    Bug("values-shifted", "kernels.py", "packed_forward(critic, p, sp_group)[p.keep, 0]",
+        "packed_forward(critic, p, sp_group)[(p.keep + 1).clamp(max=p.ids.shape[1] - 1), 0]", ALIGNMENT),
+    Bug("index-shifted", "kernels.py", "torch.arange(b * width + 1, b * width + n + 1, device=device)",
+        "torch.arange(b * width, b * width + n, device=device)", ALIGNMENT + KERNELS),
+    Bug("temperature-missing", "kernels.py", "policy.lm_head.temperature = p.targets, temperature",
+        "_ = p.targets, temperature", ALIGNMENT),
+    Bug("value-head-noise", "kernels.py", 'if "score.weight" in info["missing_keys"]:', "if False:", ALIGNMENT),
+    Bug("positions-run-on", "kernels.py", "position = torch.cat([torch.arange(n, device=device) for n in fed])",
+        "position = torch.arange(len(row), device=device)", KERNELS),
+    Bug("attention-leaks", "kernels.py", "return _varlen_cpu(q, k, v, cu_seqlens.tolist(), scale)",
+        "return _varlen_cpu(q, k, v, [0, len(q)], scale)", ALIGNMENT + KERNELS),
+    # kernels
+    Bug("attention-not-causal", "kernels.py", "is_causal=True, scale", "is_causal=False, scale", ALIGNMENT + KERNELS),
+    Bug("attention-scale", "kernels.py", "is_causal=True, scale=scale,", "is_causal=True,", KERNELS),
+    Bug("temperature-missing-in-backward", "kernels.py", "grad = (grad / temperature).to", "grad = grad.to", KERNELS),
+    Bug("entropy-gradient", "kernels.py", "(logp + entropy[rows, None])", "(logp + 1)", KERNELS),
+    Bug("weight-gradient-of-last-chunk", "kernels.py", "grad_weight += grad.T", "grad_weight = grad.T", KERNELS),
+    Bug("spare-slots-trained", "kernels.py", "((place >= 0) & mask.flatten()[place.clamp(min=0)])",
+        "((place < 0) | mask.flatten()[place.clamp(min=0)])", KERNELS),
+    Bug("all-to-all-backward", "kernels.py", "apply(grad, group, b, a)", "apply(grad, group, a, b)", KERNELS),
+    Bug("kv-heads-tiled", "kernels.py", "repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))\n    q,",
+        "repeat(1, q.shape[1] // k.shape[1], 1) for x in (k, v))\n    q,", KERNELS),
+    Bug("head-untied", "kernels.py", "model.lm_head.__class__ = LogprobHead",
+        "model.lm_head.__class__ = LogprobHead\n    model.lm_head.weight = nn.Parameter(model.lm_head.weight.clone())",
+        KERNELS),
+    # data
+    Bug("held-out-leak", "data.py", "repr(sorted(numbers))", "repr(numbers)", DATA),
+    Bug("unsolvable", "data.py", '"target": int(target)}\n        out', '"target": int(target) + 1}\n        out',
+        DATA),
+    Bug("epochs-alike", "data.py", 'f"epoch {epoch} {seed}"', 'f"epoch {seed}"', DATA),
+    Bug("resume-repeats", "data.py", "random.Random(f\"epoch {epoch} {seed}\")", "random", DATA),
+    Bug("budget-soft", "data.py", "if free >= lengths[i])", "if free > 0)", DATA),
+    Bug("budget-soft-when-even", "data.py", "if room[k] >= lengths[i]]", "if room[k] > 0]", DATA),
+    Bug("ranks-unequal", "data.py", "if len(plan[r]) < count // ranks)", "if True)", DATA),
+    Bug("dear-bins-to-rank-0", "data.py", "key=lambda r: (total[r], r)", "key=lambda r: r", DATA),
+    Bug("bins-filled-unevenly", "data.py", "k = min(fits, key=lambda k: (load[k], k))", "k = fits[0]", DATA),
+    Bug("one-bin-too-many", "data.py", "count = max(1, -(-len(bins) // ranks)) * ranks",
+        "count = max(1, -(-len(bins) // ranks) + 4) * ranks", DATA),
+    Bug("chat-without-generation-prompt", "data.py", "add_generation_prompt=True", "add_generation_prompt=False", DATA),
+    Bug("long-prompt-passes", "data.py", "0 < len(ids) <= max_tokens", "0 < len(ids) <= max_tokens + 1", DATA),
+    # rewards
+    Bug("eval", "rewards.py", 'tree = ast.parse(" ".join(expression.split()), mode="eval").body',
+        "return Fraction(eval(expression)), sorted(map(int, __import__('re').findall('[0-9]+', expression)))", REWARDS),
+    Bug("no-length-limit", "rewards.py", "MAX_EXPRESSION = 200", "MAX_EXPRESSION = 200_000", REWARDS),
+    Bug("digits-joined", "rewards.py", '" ".join(expression.split())', '"".join(expression.split())', REWARDS),
+    Bug("newline-refused", "rewards.py", '" ".join(expression.split())', "expression", REWARDS),
+    Bug("floats", "rewards.py", "lambda a, b: a / b,", "lambda a, b: float(a) / float(b),", REWARDS),
+    Bug("numbers-as-set", "rewards.py", "sorted(result[1]) == numbers", "set(result[1]) == set(numbers)", REWARDS),
+    Bug("first-answer", "rewards.py", 'start = text.rfind("<answer>", 0, max(end, 0))',
+        'start = text.find("<answer>", 0, max(end, 0))', REWARDS),
+    Bug("cut-is-rewarded", "rewards.py", "        if not done:", "        if False:", REWARDS),
+    Bug("infra-scores-zero", "rewards.py", 'if r["status"] != "infra"]', "]", REWARDS),
+]  # fmt: skip
+
+
+def plant(bug: Bug, folder: Path) -> None:
+    for path in ROOT.glob("*.py"):
+        shutil.copy(path, folder)
+    shutil.copytree(ROOT / "tests", folder / "tests", ignore=shutil.ignore_patterns("__pycache__"))
+    text = (folder / bug.file).read_text()
+    if text.count(bug.old) != 1:
+        raise SystemExit(f"{bug.name}: {bug.old!r} stands {text.count(bug.old)} times in {bug.file}, not once")
+    (folder / bug.file).write_text(text.replace(bug.old, bug.new))
+
+
+def first_failure(folder: Path, test: str) -> str | None:
+    """The name of the first test that failed; None when all passed."""
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", f"tests/{test}"]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    run = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
+    if run.returncode == 0:
+        return None
+    found = re.search(r"^(?:FAILED|ERROR) \S+::(\w+)", run.stdout, re.MULTILINE)
+    return found[1] if found else f"pytest ended with {run.returncode}"
+
+
+def main(names: list[str]) -> int:
+    unknown = set(names) - {bug.name for bug in BUGS}
+    if unknown:
+        raise SystemExit(f"no bug {sorted(unknown)}: there are {[bug.name for bug in BUGS]}")
+    missed = 0
+    for bug in (bug for bug in BUGS if not names or bug.name in names):
+        for test in bug.tests:
+            with tempfile.TemporaryDirectory() as folder:
+                plant(bug, Path(folder))
+                start = time.perf_counter()
+                failure = first_failure(Path(folder), test)
+            missed += failure is None
+            seconds = f"{time.perf_counter() - start:3.0f} s"
+            print(f"{bug.name:32} {bug.file:11} {test:18} {seconds}  {failure or 'MISSED'}", flush=True)
+    print(f"{missed} missed")
+    return missed > 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

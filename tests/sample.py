@@ -1,0 +1,26 @@
+"""[torchrun ...] python tests/sample.py MODEL ENGINE TP TEMPERATURE: prints what an engine answers to fixed prompts."""
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import ppo  # noqa: E402, F401, I001  (first: the guard for the name `kernels`)
+
+from transformers import AutoTokenizer  # noqa: E402
+
+import data  # noqa: E402
+import kernels  # noqa: E402
+import rollout  # noqa: E402
+
+path, engine, tp, temperature = sys.argv[1], sys.argv[2], int(sys.argv[3]), float(sys.argv[4])
+_, ranks = kernels.start_ranks(bf16=False, sp=1)
+tokenizer = AutoTokenizer.from_pretrained(path)
+prompts = [data.encode(row, tokenizer, 64) for row in data.load("countdown3", "test", limit=6)]
+prompts = [prompt[i:] for i, prompt in enumerate(prompts)]  # of different lengths
+sampler = rollout.make_sampler(engine, path, [tokenizer.eos_token_id], tp=tp, max_len=90, dtype="float32")
+n = 2 if temperature else 1
+seed = n * len(prompts) * ranks.rank // ranks.world
+samples = kernels.gather(sampler.sample(kernels.share(prompts, ranks), n, 40, temperature, seed), ranks)
+if ranks.rank == 0:
+    print(json.dumps({"prompts": [p for p in prompts for _ in range(n)], "samples": samples}), flush=True)
+sampler.close()

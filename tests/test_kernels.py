@@ -1,0 +1,203 @@
+"""Each fast path against its plain specification: values and gradients."""
+import itertools
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2ForTokenClassification
+
+import kernels
+import ppo  # noqa: F401  the guard for the name `kernels`, in the processes of the last test too
+
+# ---------------------------------------------------------------------------------------------- log-prob and entropy
+
+
+def head_inputs(K: int, D: int, V: int, dtype=torch.float32):
+    noise = torch.Generator().manual_seed(K)
+    hidden = torch.randn(K, D, generator=noise, dtype=dtype, requires_grad=True)
+    weight = torch.randn(V, D, generator=noise, dtype=dtype).mul(0.5).requires_grad_()
+    return hidden, weight, torch.randint(V, (K,), generator=noise)
+
+
+@pytest.mark.parametrize("chunk", [None, 1, 5, 13, 100])
+@pytest.mark.parametrize("temperature", [0.3, 1.0, 2.5])
+@pytest.mark.parametrize("K, D, V", [(1, 3, 5), (13, 7, 31), (33, 16, 257), (2, 1, 2)])
+def test_chunked_logprobs_are_the_reference(K, D, V, temperature, chunk):
+    """Guards a missing temperature (in the value or in the gradient alone), and rows lost at the end of a chunk."""
+    hidden, weight, targets = head_inputs(K, D, V)
+    weights = torch.linspace(-1, 2, 2 * K).view(2, K)  # of the two outputs in the loss: every gradient is another one
+    results = []
+    for f in (kernels.token_logprobs_ref, kernels.token_logprobs):
+        if chunk and f is kernels.token_logprobs:
+            out = kernels._ChunkedLogprob.apply(hidden, weight, targets, temperature, chunk)
+        else:
+            out = f(hidden, weight, targets, temperature)
+        results.append([*out, *torch.autograd.grad((torch.stack(out) * weights).sum(), (hidden, weight))])
+    for expected, got in zip(*results):
+        assert got.dtype == expected.dtype and torch.allclose(got, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.xfail(strict=True, reason="lse - sum(z p) cancels; -sum(p log p) does not: a line of kernels.py to change")
+def test_entropy_of_a_peaked_distribution_is_exact():
+    """Guards cancellation: with logits near 50 and entropy near 1e-4 nats, an error of 1e-4 is all of it."""
+    hidden, weight, targets = head_inputs(64, 128, 5000)
+    wide = kernels.token_logprobs_ref(hidden.double(), weight.double() * 2, targets, 1.0)  # still rounds the logits
+    entropy = kernels.token_logprobs(hidden, weight * 2, targets, 1.0)[1]
+    assert (entropy - wide[1]).abs().max() < 2e-5
+
+
+def test_no_response_tokens_give_no_logprobs():
+    """Guards a crash, or a gradient that is None, on a rank whose micro-batch is empty: FSDP would hang."""
+    hidden, weight, targets = head_inputs(0, 3, 5)
+    logprob, entropy = kernels.token_logprobs(hidden, weight, targets, 1.0)
+    assert logprob.shape == entropy.shape == (0,)
+    (logprob + entropy).sum().backward()
+    assert hidden.grad.shape == (0, 3) and (weight.grad == 0).all()
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_gradcheck(which):
+    """Guards the hand-written derivatives of log-prob (0) and entropy (1) against finite differences."""
+    hidden, weight, targets = head_inputs(5, 3, 7, torch.float64)
+    run = lambda h, w: kernels._ChunkedLogprob.apply(h, w, targets, 0.7, 2)[which]  # noqa: E731
+    assert torch.autograd.gradcheck(run, (hidden, weight))
+
+
+def test_nothing_as_large_as_the_logits_is_kept():
+    """Guards (K, V) tensors saved for the backward pass: they are what the chunks are for."""
+    hidden, weight, targets = head_inputs(64, 4, 100)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x.numel()) or x, lambda x: x):
+        kernels.token_logprobs(hidden, weight, targets, 1.0)
+    assert saved and max(saved) <= max(hidden.numel(), weight.numel())
+
+
+def test_the_head_stays_tied_and_is_a_linear_layer_without_targets(tiny, tiny_untied):
+    """Guards a head that loses its tie to the embedding (its gradient too), or an untied one that gets tied."""
+    kernels.setup("qwen2", liger=False)
+    accelerator = kernels.start_ranks(bf16=False, sp=1)[0]
+    for folder, tied in ((tiny, True), (tiny_untied, False)):
+        policy = kernels.load_policy(folder, accelerator, checkpointing=False)
+        head, embedding = policy.lm_head, policy.model.embed_tokens.weight
+        assert (head.weight is embedding) == tied
+        assert ("lm_head.weight" in dict(kernels.full_weights(policy, torch.float32))) != tied
+        hidden, targets = torch.randn(1, 3, embedding.shape[1]), torch.tensor([5, 6, 7])
+        logits = head(hidden)
+        assert torch.equal(logits, hidden @ head.weight.T)
+        head.targets, head.temperature = targets, 0.5
+        logprobs, entropy = head(hidden)[0].unbind(-1)
+        logp = torch.log_softmax(logits[0] / 0.5, -1)
+        assert torch.allclose(logprobs, logp[range(3), targets], atol=1e-4)
+        assert torch.allclose(entropy, -(logp.exp() * logp).sum(-1), atol=1e-4)
+        logprobs.sum().backward()
+        assert (embedding.grad is not None) == tied
+
+
+# ------------------------------------------------------------------------------------------------------- packed rows
+
+
+@pytest.mark.parametrize("lengths", [[1], [1, 1, 1], [7], [90, 1, 3, 2, 61, 7, 1], [5, 5, 5], [1, 64], [64, 1]])
+def test_varlen_attention_is_sdpa_on_each_sequence(lengths):
+    """Guards sequences that see each other or the future, padding that is seen, and kv heads dealt out wrongly."""
+    noise = torch.Generator().manual_seed(0)
+    total, scale = sum(lengths), 0.3
+    q, k, v = (torch.randn(total, heads, 8, generator=noise, requires_grad=True) for heads in (4, 2, 2))
+    weights = torch.randn(total, 4, 8, generator=noise)
+    bounds = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
+    parts = []
+    for a, b in itertools.pairwise(bounds.tolist()):
+        one = [x[a:b].transpose(0, 1) for x in (q, k.repeat_interleave(2, 1), v.repeat_interleave(2, 1))]
+        parts.append(scaled_dot_product_attention(*one, is_causal=True, scale=scale).transpose(0, 1))
+    results = []
+    for out in (torch.cat(parts), kernels.varlen_attention(q, k, v, bounds, max(lengths), scale)):
+        results.append([out, *torch.autograd.grad((out * weights).sum(), (q, k, v))])
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(*results))
+
+
+def ragged() -> tuple[torch.Tensor, torch.Tensor, list[int]]:
+    """ids, mask and lengths of five sequences; what is fed of them, 39 tokens, needs spare slots for sp = 2 and 4."""
+    prompts, lengths = [3, 1, 6, 9, 2], [8, 2, 7, 15, 12]
+    column = torch.arange(15)
+    mask = (column >= torch.tensor(prompts)[:, None]) & (column < torch.tensor(lengths)[:, None])
+    return torch.randint(1, 50, mask.shape, generator=torch.Generator().manual_seed(0)), mask, lengths
+
+
+@pytest.mark.parametrize("sp", [1, 2, 3, 4])
+@pytest.mark.parametrize("rows", [[0, 1, 2, 3, 4], [4, 0], [1], []])
+def test_the_slices_of_a_packed_row_make_the_whole(rows, sp):
+    """Guards spare slots that are trained on, tokens lost between two slices, targets that are not the next token."""
+    ids, mask, lengths = ragged()
+    parts = [kernels.pack(ids, mask, lengths, rows, rank, sp) for rank in range(sp)]
+    assert len({p.ids.shape for p in parts}) == 1 and parts[0].ids.numel() > 0
+    whole, positions = (torch.cat(x, dim=1)[0] for x in ([p.ids for p in parts], [p.position_ids for p in parts]))
+    bounds, fed = parts[0].cu_seqlens.tolist(), [lengths[b] - 1 for b in rows]
+    assert bounds[-1] == len(whole) == max(1, -(-sum(fed) // sp)) * sp
+    assert parts[0].max_seqlen == max(b - a for a, b in itertools.pairwise(bounds))
+    for b, a, n in zip(rows, bounds, fed):
+        assert torch.equal(whole[a : a + n], ids[b, :n]) and torch.equal(positions[a : a + n], torch.arange(n))
+    index = torch.cat([p.index for p in parts])
+    chosen = torch.zeros_like(mask)
+    chosen[rows] = mask[rows]
+    assert sorted(index.tolist()) == chosen.flatten().nonzero()[:, 0].tolist()
+    for p in parts:
+        assert torch.equal(p.targets, ids.flatten()[p.index])
+        assert torch.equal(p.ids[0, p.keep], ids.flatten()[p.index - 1])  # the slot that predicts t has read t - 1
+
+
+def test_unpack_is_the_way_back():
+    """Guards values that land on another token, and cells that keep an old value."""
+    ids, mask, lengths = ragged()
+    parts = [kernels.pack(ids, mask, lengths, rows) for rows in ([3, 1], [], [4, 0, 2])]
+    out = kernels.unpack([(p.index, p.targets.float()) for p in parts], mask, kernels.Ranks())
+    assert out.dtype == torch.float32 and torch.equal(out, ids * mask.float())
+
+
+# ----------------------------------------------------------------------------------------------- sequence parallelism
+
+KV_HEADS = [2, 3, 1]  # for 6 heads on two ranks: one each, not to be shared out, fewer than ranks
+
+
+def packed_passes(kv_heads: int, rank: int, sp: int, group) -> list[torch.Tensor]:
+    """Log-probs, entropy and values of a batch as (B, T), and all gradients of both models, each summed over ranks."""
+    kernels.setup("qwen2", liger=False)
+    torch.manual_seed(kv_heads)
+    config = Qwen2Config(
+        vocab_size=50, hidden_size=48, intermediate_size=64, num_hidden_layers=2, num_attention_heads=6,
+        num_key_value_heads=kv_heads, initializer_range=0.3, num_labels=1, classifier_dropout=0.0,
+    )  # fmt: skip
+    config._attn_implementation = "varlen"
+    policy, critic = Qwen2ForCausalLM(config), Qwen2ForTokenClassification(config)
+    policy.lm_head.__class__ = kernels.LogprobHead
+    ids, mask, lengths = ragged()
+    weights = torch.randn(3, *mask.shape)
+    ranks, parts = kernels.Ranks(world=sp), [[], [], []]
+    for rows in ([3, 0], [], [4, 1, 2]):
+        p = kernels.pack(ids, mask, lengths, rows, rank, sp)
+        outputs = [*kernels.policy_forward(policy, p, 0.7, group), kernels.critic_forward(critic, p, group)]
+        sum((out * w.view(-1)[p.index]).sum() for out, w in zip(outputs, weights)).backward()
+        for part, out in zip(parts, outputs):
+            part.append((p.index, out))
+    gradients = [torch.cat([p.grad.flatten() for p in model.parameters()]) for model in (policy, critic)]
+    for gradient in gradients if sp > 1 else []:
+        dist.all_reduce(gradient)
+    return [kernels.unpack(part, mask, ranks) for part in parts] + gradients
+
+
+def ulysses_rank(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    results = [packed_passes(kv_heads, rank, 2, dist.group.WORLD) for kv_heads in KV_HEADS]
+    torch.save(results, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_ulysses_is_one_rank(tmp_path):
+    """Guards heads or tokens that go to the wrong rank, forward or backward, and kv heads that ranks cannot share."""
+    mp.spawn(ulysses_rank, (str(tmp_path),), nprocs=2)
+    both = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    for kv_heads, *got in zip(KV_HEADS, *both):
+        for expected, first, second in zip(packed_passes(kv_heads, 0, 1, None), *got):
+            assert torch.equal(first, second)
+            assert (first - expected).norm() < 1e-5 * expected.norm()

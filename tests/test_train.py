@@ -1,0 +1,184 @@
+"""Whole runs: they learn, they equal a step computed by hand, ranks and budgets do not matter, resume is exact.
+
+Each run is its own process, as a user starts it. The task is tests/toy.py where the question is about numbers, and
+Countdown with vLLM where it is about the engine.
+"""
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+TOY = ["tests/toy.py"]
+TWO = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port"]
+
+
+def start(script: list[str], *flags) -> subprocess.Popen:
+    command = [sys.executable, *map(str, (*script, *flags))]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def finish(process: subprocess.Popen) -> str:
+    said, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, said[-3000:]
+    return said
+
+
+def metrics(out: Path) -> list[dict]:
+    return [json.loads(line) for line in open(out / "metrics.jsonl")]
+
+
+def numbers(row: dict) -> dict:
+    """A row without what depends on the clock."""
+    return {k: v for k, v in row.items() if not k.startswith(("time/", "perf/")) and "tokens_per_s" not in k}
+
+
+@pytest.fixture(scope="module")
+def toy_model(tmp_path_factory) -> Path:
+    import toy
+
+    path = tmp_path_factory.mktemp("toy") / "model"
+    toy.make_model(str(path))
+    return path
+
+
+def test_it_learns(tmp_path, toy_model):
+    """Guards the loop as a whole: advantage sign, ratio, EOS in the mask, score on the last token, values shifted, stale
+    engine weights (canary), a critic that is never updated (explained variance), old log-probs recomputed for every
+    minibatch (no clipping ever), a missing temperature (mismatch)."""
+    finish(start(TOY, tmp_path / "run", "--model", toy_model))
+    rows = metrics(tmp_path / "run")
+
+    def mean(key, part):
+        return sum(r[key] for r in part) / len(part)
+
+    assert mean("reward/mean", rows[-8:]) > 0.9
+    assert mean("rollout/length_mean", rows[-8:]) < 2.3
+    assert max(r["critic/explained_var"] for r in rows) > 0.3
+    assert mean("policy/clipfrac_high", rows[:8]) > 0
+    assert max(r["mismatch/logp_abs_mean"] for r in rows) < 1e-4
+    assert max(r["mismatch/canary"] for r in rows) < 1e-4
+
+
+def by_hand(model_path: Path, gamma: float, lam: float, temperature: float, entropy_coef: float):
+    """(policy loss, its gradient norm, critic loss, its gradient norm) of the first update, one token at a time, from
+    plain transformers models and textbook formulas. Values are 0 before the first update."""
+    import data
+    import rollout
+    import toy
+    from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model_path)
+    rows = data.batch(toy.load_toy("train", 0, "base"), 0, 8)  # the answers of the run, drawn once more
+    prompts = [data.encode(row, tokenizer, 4) for row in rows]
+    sampler = rollout.TorchSampler(str(model_path), [tokenizer.eos_token_id], 10)
+    samples = sampler.sample(prompts, 1, 6, temperature, rollout.stream(0, 0, 0))
+    policy = AutoModelForCausalLM.from_pretrained(model_path)
+    critic = AutoModelForTokenClassification.from_pretrained(model_path, num_labels=1).eval()
+    torch.nn.init.zeros_(critic.score.weight)
+    torch.nn.init.zeros_(critic.score.bias)
+    advantages, logps, entropies, values = [], [], [], []
+    for row, prompt, (response, _, finished) in zip(rows, prompts, samples):
+        reward = toy.toy(tokenizer.decode(response, skip_special_tokens=True), row)["reward"] if finished else 0.0
+        n = len(response)
+        advantages.append([reward * (gamma * lam) ** (n - 1 - t) for t in range(n)])  # GAE with all values 0
+        for t in range(n):
+            prefix = torch.tensor([prompt + response[:t]])
+            logp = torch.log_softmax(policy(prefix).logits[0, -1] / temperature, -1)
+            logps.append(logp[response[t]])
+            entropies.append(-(logp.exp() * logp).sum())
+            values.append(critic(prefix).logits[0, -1, 0])
+    flat = torch.tensor([a for part in advantages for a in part])
+    assert flat.any()  # something to learn from
+    logps, entropies, values = map(torch.stack, (logps, entropies, values))
+    white = (flat - flat.mean()) / flat.std(unbiased=False)
+    policy_loss = (-white * torch.exp(logps - logps.detach()) - entropy_coef * entropies).mean()
+    critic_loss = (0.5 * (values - flat) ** 2).mean()
+    norms = []
+    for model, loss in ((policy, policy_loss), (critic, critic_loss)):
+        loss.backward()
+        norms.append(torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None]).norm().item())
+    return policy_loss.item(), norms[0], critic_loss.item(), norms[1]
+
+
+def test_first_step_by_hand(tmp_path, toy_model):
+    """Guards what Adam hides (a wrong denominator or scale) and what lambda = 1 hides (the score on a wrong token)."""
+    one = ["--steps", 1, "--prompts_per_step", 8, "--ppo_epochs", 1, "--minibatch_size", 8, "--max_tokens_per_microbatch", 24]
+    finish(start(TOY, tmp_path / "run", "--model", toy_model, *one, "--gamma", 0.9, "--lam", 0.8))
+    row = metrics(tmp_path / "run")[0]
+    loss, norm, critic_loss, critic_norm = by_hand(toy_model, 0.9, 0.8, 0.7, 0.01)
+    assert row["policy/loss"] == pytest.approx(loss, abs=1e-5)
+    assert row["policy/grad_norm"] == pytest.approx(norm, rel=1e-4)
+    assert row["critic/loss"] == pytest.approx(critic_loss, rel=1e-4)
+    assert row["critic/grad_norm"] == pytest.approx(critic_norm, rel=1e-4)
+
+
+def test_ranks_and_budgets_do_not_matter(tmp_path, toy_model):
+    """Guards the one denominator, FSDP's averaging and the packing: 1 process, 2 ranks, half and double budget, sequence
+    parallel ranks; three steps with everything switched on."""
+    flags = ["--model", toy_model, "--steps", 3, "--prompts_per_step", 32, "--minibatch_size", 16, "--kl_coef", 0.05,
+             "--kl_in", "loss", "--kl_estimator", "k3", "--value_clip", 0.2, "--lam", 0.9, "--seed", 3]  # fmt: skip
+    ways = {
+        "one": (TOY, ["--max_tokens_per_microbatch", 64]),
+        "half": (TOY, ["--max_tokens_per_microbatch", 32]),
+        "double": (TOY, ["--max_tokens_per_microbatch", 128]),
+        "two": ([*TWO, "29611", *TOY], ["--max_tokens_per_microbatch", 64]),
+        "sp": ([*TWO, "29612", *TOY], ["--max_tokens_per_microbatch", 32, "--sp", 2]),
+    }
+    for name, (script, budget) in ways.items():
+        finish(start(script, tmp_path / name, *flags, *budget))
+    reference = metrics(tmp_path / "one")
+    assert len({row["perf/microbatches"] for name in ways for row in metrics(tmp_path / name)}) > 1
+    keys = ["policy/loss", "policy/grad_norm", "critic/loss", "critic/grad_norm", "policy/ref_kl", "policy/entropy"]
+    for name in ways:
+        for row, expected in zip(metrics(tmp_path / name), reference, strict=True):
+            for key in [*keys, "reward/mean", "critic/explained_var"]:
+                assert row[key] == pytest.approx(expected[key], rel=1e-4, abs=1e-6), (name, key)
+
+
+COUNTDOWN = [
+    "ppo.py", "--task", "countdown3", "--max_prompt_tokens", 64, "--max_new_tokens", 24, "--prompts_per_step", 8,
+    "--samples_per_prompt", 2, "--max_tokens_per_microbatch", 400, "--no-gradient_checkpointing", "--show_every", 0,
+]  # fmt: skip
+
+
+def test_resume_is_exact(tmp_path, tiny):
+    """Guards checkpoints (both models, both optimizers, KL coefficient, schedule) and determinism: a run killed after step
+    3 and resumed from step 2 has, to the last bit, the metrics of one that was left alone."""
+    flags = [*COUNTDOWN, "--model", tiny, "--steps", 5, "--save_every", 2, "--minibatch_size", 8, "--lr", 1e-3, "--warmup", 6,
+             "--critic_lr", 1e-3, "--kl_coef", 0.1, "--kl_target", 0.01, "--kl_horizon", 100, "--entropy_coef", 0.1,
+             "--eval_every", 5, "--eval_rows", 8]  # fmt: skip
+    finish(start(flags, "--out", tmp_path / "whole"))
+    killed = start(flags, "--out", tmp_path / "killed")
+    deadline = time.time() + 200
+    while time.time() < deadline:
+        time.sleep(0.02)
+        file = tmp_path / "killed" / "metrics.jsonl"
+        if file.exists() and '"step": 3' in file.read_text():
+            break
+    os.kill(killed.pid, signal.SIGKILL)
+    killed.communicate()
+    before = len(metrics(tmp_path / "killed"))
+    assert before < len(metrics(tmp_path / "whole"))
+    finish(start(flags, "--out", tmp_path / "killed", "--resume"))
+    assert [numbers(r) for r in metrics(tmp_path / "killed")] == [numbers(r) for r in metrics(tmp_path / "whole")]
+    kl_coefs = [r["policy/kl_coef"] for r in metrics(tmp_path / "whole") if "policy/kl_coef" in r]
+    assert len(set(kl_coefs)) > 1  # there was a KL state to lose
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_engine_follows_the_trainer(tmp_path, tied, tiny, tiny_untied):
+    """Guards the weight sync (a stale tied head shows as 1.5 and more) and the temperature: vLLM against the trainer after
+    every one of 20 updates."""
+    flags = [*COUNTDOWN, "--model", tiny if tied else tiny_untied, "--temperature", 0.7, "--steps", 20, "--lr", 3e-3]
+    finish(start(flags, "--out", tmp_path / "run", "--entropy_coef", 0.1))  # an entropy bonus moves weights without a reward
+    rows = metrics(tmp_path / "run")
+    assert rows[-1]["policy/entropy"] != pytest.approx(rows[0]["policy/entropy"], rel=0.02)  # the weights did move
+    assert max(r["mismatch/logp_abs_mean"] for r in rows) < 1e-4
+    assert max(r["mismatch/canary"] for r in rows) < 1e-4
