@@ -18,7 +18,9 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.tensor import DTensor
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -104,6 +106,24 @@ def full_weights(model: nn.Module, dtype: torch.dtype) -> Iterator[tuple[str, Te
     for name, p in model.named_parameters():
         p = p.detach().to(dtype)
         yield name, p.full_tensor() if isinstance(p, DTensor) else p
+
+
+def clip_grad_norm(model: nn.Module, max_norm: float) -> Tensor:
+    """Clips the gradient over all ranks and returns its norm before, (). (Accelerate's breaks for a second model.)"""
+    norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+
+def save_sharded(path, trained: dict[str, tuple[nn.Module, torch.optim.Optimizer]]) -> None:
+    """Every rank writes its own shards of models and optimizers."""
+    dcp.save({name: get_state_dict(*pair) for name, pair in trained.items()}, checkpoint_id=path)
+
+
+def load_sharded(path, trained: dict[str, tuple[nn.Module, torch.optim.Optimizer]]) -> None:
+    states = {name: get_state_dict(*pair) for name, pair in trained.items()}
+    dcp.load(states, checkpoint_id=path)
+    for name, pair in trained.items():
+        set_state_dict(*pair, model_state_dict=states[name][0], optim_state_dict=states[name][1])
 
 
 def share(items: list, ranks: Ranks) -> list:
@@ -292,11 +312,14 @@ def attention(module, query, key, value, attention_mask, scaling, cu_seqlens, ma
     return _AllToAll.apply(out, sp_group, 0, 1)[None], None
 
 
-def setup(model_type: str, liger: bool) -> dict[str, str]:
+def setup(model_type: str, liger: bool, progress: bool) -> dict[str, str]:
     """Before any model is made: attn_implementation="varlen" becomes known to transformers (which then builds no mask),
-    Liger patches its layers. Returns what will be used for what."""
+    Liger patches its layers, and no report comes on the value head being new. Returns what will be used for what."""
     from transformers import AttentionInterface
+    from transformers.utils import logging
 
+    logging.set_verbosity_error()
+    (logging.enable_progress_bar if progress else logging.disable_progress_bar)()
     AttentionInterface.register("varlen", attention)
     inside = "flash-attn varlen" if _has_flash_attn() else "torch varlen"
     return {
@@ -333,7 +356,8 @@ class _ChunkedLogprob(torch.autograd.Function):
             z = (hidden[rows] @ weight.T).to(wide) / temperature
             lse[rows] = z.logsumexp(-1)
             logprob[rows] = z.gather(-1, targets[rows, None])[:, 0] - lse[rows]
-            entropy[rows] = lse[rows] - (z * (z - lse[rows, None]).exp()).sum(-1)
+            z = z - lse[rows, None]  # log p; lse - sum(p z) would cancel where p is peaked
+            entropy[rows] = -(z.exp() * z).sum(-1)
         ctx.save_for_backward(hidden, weight, targets, lse, entropy)
         ctx.args = temperature, chunk
         return logprob, entropy

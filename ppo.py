@@ -38,13 +38,9 @@ from time import perf_counter
 from typing import Literal
 
 import torch
-import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 import transformers
 import tyro
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
-from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoTokenizer
 
 import data
@@ -158,7 +154,7 @@ class Args(PPO, Sampling, Model, Run):
 
 def parse_args(argv: list[str] | None = None) -> Args:
     boxes = make_dataclass("Boxes", [(c.__name__, c, field(default_factory=c)) for c in reversed(Args.__bases__)])
-    parsed = tyro.cli(boxes, config=(tyro.conf.OmitArgPrefixes,), description=__doc__.split("\n")[0], args=argv)
+    parsed = tyro.cli(boxes, config=(tyro.conf.OmitArgPrefixes,), use_underscores=True, args=argv)
     return Args(**{k: v for box in vars(parsed).values() for k, v in vars(box).items()})
 
 
@@ -176,21 +172,21 @@ def check(args: Args, world: int) -> transformers.PretrainedConfig:
             configs.append(AutoConfig.from_pretrained(path))
         except (OSError, ValueError) as error:
             raise ValueError(f"{flag}={path!r} is no Hugging Face folder, nor a hub id that can be reached") from error
-    for flag in ("prompts_per_step", "samples_per_prompt", "max_new_tokens", "max_prompt_tokens", "ppo_epochs",
-                 "minibatch", "tp", "sp", "temperature"):
+    for flag in "prompts_per_step samples_per_prompt max_new_tokens ppo_epochs minibatch tp sp temperature".split():
         expect(getattr(args, flag) > 0, f"{flag}={getattr(args, flag)}: must be above 0")
-    prompts, ranks_up = args.prompts_per_step, math.ceil(args.prompts_per_step / world) * world
-    expect(prompts == ranks_up, f"prompts_per_step={prompts} is not a multiple of the {world} ranks: use {ranks_up}")
-    part, whole = args.minibatch, args.batch_size
-    fix = f"use {math.gcd(part, whole)}, for example"
-    expect(whole % part == 0, f"minibatch_size={part} does not divide prompts x samples_per_prompt = {whole}: {fix}")
-    heads = configs[0].num_attention_heads
+    prompts, even = args.prompts_per_step, math.ceil(args.prompts_per_step / world) * world
+    expect(prompts == even, f"prompts_per_step={prompts} is not a multiple of the {world} ranks: use {even}")
+    part, whole, best = args.minibatch, args.batch_size, math.gcd(args.minibatch, args.batch_size)
+    expect(part == best, f"minibatch_size={part} does not divide prompts x samples_per_prompt = {whole}: try {best}")
+    heads = math.gcd(*(config.num_attention_heads for config in configs))
     for flag, n in (("tp", args.tp), ("sp", args.sp)):
         expect(world % n == 0, f"{flag}={n} does not divide the {world} ranks: launch a multiple of {n}")
         expect(heads % n == 0, f"{flag}={n} does not divide the {heads} attention heads: use a divisor of {heads}")
+    expect(0 <= args.seed < 10**6, f"seed={args.seed}: use one from 0 to 999999")
+    idle = args.kl_coef and args.kl_in == "loss" and args.kl_estimator == "k1"
+    expect(not idle, "kl_estimator=k1 in the loss has a gradient of zero on average: use k2 or k3 with --kl_in loss")
     expect(args.tp == 1 or args.engine == "vllm", f"tp={args.tp} needs --engine vllm, not {args.engine}")
-    greedy = args.eval_temperature == 0 and args.eval_samples > 1
-    expect(not greedy, f"eval_samples={args.eval_samples} greedy answers are all the same: raise --eval_temperature")
+    expect(args.eval_temperature > 0 or args.eval_samples == 1, "eval_samples > 1 needs --eval_temperature above 0")
     longest, room = args.max_prompt_tokens + args.max_new_tokens, args.max_tokens_per_microbatch * args.sp
     text = f"max_prompt_tokens + max_new_tokens = {longest} tokens, but"
     expect(longest <= room, f"{text} max_tokens_per_microbatch x sp = {room}: raise the budget or lower the limits")
@@ -217,8 +213,7 @@ def optimizer_step(name: str, trained: dict, lr: float, args: Args, step: int, b
     """Clips and steps policy or critic; returns the gradient norm before clipping, (). A norm that is not finite stops
     every rank here, before any weight is touched."""
     model, optimizer = trained[name]
-    norm = nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)  # Accelerate's breaks for a second model
-    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+    norm = kernels.clip_grad_norm(model, args.max_grad_norm)
     if not torch.isfinite(norm):
         torch.save(batch._asdict(), Path(args.out) / "bad_batch.pt")
         raise FloatingPointError(f"{name}, step {step}: gradient norm {norm}; not updated; see {args.out}/bad_batch.pt")
@@ -270,6 +265,13 @@ def whiten(x: Tensor, mask: Tensor) -> Tensor:
     return torch.where(mask, (x - chosen.mean()) * torch.rsqrt(chosen.var(unbiased=False) + 1e-8), 0.0)
 
 
+def critic_metrics(values: Tensor, returns: Tensor) -> dict[str, float]:
+    """Explained variance is 1 when the critic knows every return, 0 when it is no better than a constant. Both (K,)."""
+    variance, error = returns.var(unbiased=False).item(), (returns - values).var(unbiased=False).item()
+    row = {f"critic/value_{name}": getattr(values, name)().item() for name in ("mean", "min", "max")}
+    return row | {"critic/explained_var": 1 - error / variance if variance > 1e-8 else 0.0}
+
+
 def policy_loss(
     logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, clip_low: float, clip_high: float
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -301,13 +303,10 @@ def train(args: Args) -> list[dict]:
     device, main = accelerator.device, ranks.rank == 0
     say = print if main else (lambda text: None)
     bar = main and sys.stderr.isatty()  # progress bars are for people, not for log files
-    if not bar:
-        transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()  # no report on the value head being new
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     train_rows = data.load(args.task, "train", args.seed, args.template)
     eval_rows = data.load(args.task, "test", args.seed, args.template, args.eval_rows)
-    made = kernels.setup(config.model_type, args.liger)
+    made = kernels.setup(config.model_type, args.liger, bar)
     # the engine first, then asleep: it measures the free memory that the models take afterwards
     options = {"max_len": args.max_prompt_tokens + args.max_new_tokens, "max_seqs": args.max_seqs, "tp": args.tp}
     options |= {"dtype": str(args.compute_dtype)[6:], "gpu_memory": args.gpu_memory, "seed": args.seed}
@@ -360,9 +359,9 @@ def train(args: Args) -> list[dict]:
         gap = (forward(policy, batch) - batch.sampler_logprobs).abs().view(ranks.world, -1).sum(1)
         worst = (gap / batch.mask.view(ranks.world, -1).sum(1)).max().item()
         limit = args.canary_limit or (0.05 if args.compute_dtype == torch.bfloat16 else 0.001)
-        why = f"over canary_limit={limit}: stale or wrong weights, or another temperature or precision"
         if not worst < limit:
-            raise RuntimeError(f"sync before step {step}: engine and trainer are {worst:.4f} nats a token apart, {why}")
+            why = "the engine has stale or wrong weights, or another temperature or precision"
+            raise RuntimeError(f"canary at step {step}: log-probs differ by {worst:.4f} > canary_limit={limit}: {why}")
         return worst
 
     def evaluate() -> dict[str, float]:
@@ -398,6 +397,7 @@ def train(args: Args) -> list[dict]:
             scores = torch.tensor([result["reward"] for result in scored], device=device)  # (B,)
             sound = torch.tensor([result["status"] != "infra" for result in scored], device=device)  # (B,)
             batch = rollout.collate(prompts, samples, device)
+            assert sound.any(), f"step {step}: every reward failed on our side (infra), for example {scored[0]}"
             mask = batch.mask & sound[:, None]  # a sample that our own machine failed on teaches nothing
             batch = batch._replace(mask=mask)
             shown = [
@@ -482,10 +482,7 @@ def train(args: Args) -> list[dict]:
             row = {"step": step + 1, **rewards.summary(scored), **rollout.summary(samples, times["time/sample"])}
             row |= rollout.mismatch(old_logprobs[mask], batch.sampler_logprobs[mask], args.tis_cap)
             row |= meter.means(ranks) | {"mismatch/canary": canary}
-            values, variance = old_values[mask], returns[mask].var(unbiased=False).item()
-            error = (returns[mask] - values).var(unbiased=False).item()
-            row["critic/explained_var"] = 1 - error / variance if variance > 1e-8 else 0.0
-            row |= {f"critic/value_{name}": getattr(values, name)().item() for name in ("mean", "min", "max")}
+            row |= critic_metrics(old_values[mask], returns[mask])
             row |= {"policy/lr": args.lr * warm * train_policy, "critic/lr": args.critic_lr * warm}
             if ref:
                 kl = kl_estimate(old_logprobs, ref_logprobs, args.kl_estimator)[mask].mean().item()
@@ -585,7 +582,7 @@ def save(out: Path, step: int, kl_coef: float, trained: dict, tokenizer, main: b
         if main:
             model.save_pretrained(aside / name, state_dict=state)
             tokenizer.save_pretrained(aside / name)
-    dcp.save({name: get_state_dict(*pair) for name, pair in trained.items()}, checkpoint_id=aside / "resume")
+    kernels.save_sharded(aside / "resume", trained)
     if main:
         (aside / "state.json").write_text(json.dumps({"step": step, "kl_coef": kl_coef}))
         aside.rename(final)
@@ -593,10 +590,7 @@ def save(out: Path, step: int, kl_coef: float, trained: dict, tokenizer, main: b
 
 def restore(path: Path, trained: dict) -> tuple[int, float]:
     """Loads a checkpoint into models and optimizers; returns its (step, kl_coef)."""
-    states = {name: get_state_dict(*pair) for name, pair in trained.items()}
-    dcp.load(states, checkpoint_id=path / "resume")
-    for name, pair in trained.items():
-        set_state_dict(*pair, model_state_dict=states[name][0], optim_state_dict=states[name][1])
+    kernels.load_sharded(path / "resume", trained)
     state = json.loads((path / "state.json").read_text())
     return state["step"], state["kl_coef"]
 

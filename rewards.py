@@ -21,7 +21,7 @@ OPERATORS = {
 
 
 def last_answer(text: str) -> str | None:
-    """What stands in the last complete <answer>...</answer>, newlines allowed; None when there is none. Linear time."""
+    """What stands between the last </answer> and the <answer> before it, newlines allowed; None without. Linear time."""
     end = text.rfind("</answer>")
     start = text.rfind("<answer>", 0, max(end, 0))
     return None if start < 0 else text[start + len("<answer>") : end]

@@ -25,7 +25,7 @@ class Bug(NamedTuple):
 
 
 MATH, ALIGNMENT, KERNELS = ("test_math.py",), ("test_alignment.py",), ("test_kernels.py",)
-DATA, REWARDS = ("test_data.py",), ("test_rewards.py",)
+DATA, REWARDS, TRAIN = ("test_data.py",), ("test_rewards.py",), ("test_train.py",)
 BUGS = [
     # the classics of PPO
     Bug("advantage-sign", "ppo.py", "torch.maximum(-advantages * ratio, -advantages * clipped)",
@@ -46,6 +46,17 @@ BUGS = [
     Bug("whiten-no-mask", "ppo.py", "chosen = x[mask]", "chosen = x", MATH),
     Bug("meter-mean-of-means", "kernels.py", "torch.stack([x.sum(), torch.full_like(x.sum(), x.numel())])",
         "torch.stack([x.sum() / max(1, x.numel()), torch.ones_like(x.sum())])", MATH),
+    # the loop: learning runs and a step computed by hand
+    Bug("score-on-first-token", "ppo.py", "mask & ~torch.nn.functional.pad(mask, (0, 1))[:, 1:]",
+        "mask & ~torch.nn.functional.pad(mask, (1, 0))[:, :-1]", TRAIN),
+    Bug("weights-never-handed-over", "ppo.py", "sampler.load(kernels.full_weights(policy, args.compute_dtype))",
+        "list(kernels.full_weights(policy, args.compute_dtype))", TRAIN),
+    Bug("denominator-3x", "ppo.py", "scale = ranks.world /", "scale = 3 * ranks.world /", TRAIN),
+    Bug("no-times-world", "ppo.py", "scale = ranks.world /", "scale = 1 /", TRAIN),
+    Bug("critic-never-updated", "ppo.py", "args.critic_lr * warm, args, step", "0.0 * warm, args, step", TRAIN),
+    Bug("old-logprobs-recomputed", "ppo.py", "old = logprobs.detach() if on_policy else old_logprobs.view(-1)[p.index]",
+        "old = logprobs.detach()", TRAIN),
+    Bug("resume-forgets-kl-coef", "ppo.py", 'return state["step"], state["kl_coef"]', 'return state["step"], 0.1', TRAIN),
     # alignment
     Bug("eos-missing-from-mask", "rollout.py", "[True] * len(s.ids) + [False] * f",
         "[True] * (len(s.ids) - s.finished) + [False] * (f + s.finished)", ALIGNMENT),

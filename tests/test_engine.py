@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from planted import Bug, plant
 from transformers import AutoModelForCausalLM
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -58,3 +59,20 @@ def test_sampling_depends_on_the_seed_alone(tiny):
     assert all(a[0] != b[0] for a, b in zip(one["samples"][::2], one["samples"][1::2]))
     assert [s[0] for s in answers(tiny, "vllm", 0.7, ranks=2)["samples"]] == [s[0] for s in one["samples"]]
     check_logprobs(tiny, answers(tiny, "torch", 0.7), 0.7)
+
+
+STALE = Bug("one-weight-not-synced", "kernels.py", "        p = p.detach().to(dtype)\n",
+            '        if name.endswith("layers.1.mlp.down_proj.weight"):\n            continue\n        p = p.detach().to(dtype)\n', ())  # fmt: skip
+COLD = Bug("engine-at-temperature-1", "rollout.py", "temperature=temperature, max_tokens", "temperature=1.0, max_tokens", ())
+
+
+@pytest.mark.parametrize("bug", [STALE, COLD], ids=lambda bug: bug.name)
+def test_the_canary_stops_a_wrong_engine(tmp_path, tiny, bug):
+    """Guards the guard: with one weight that never reaches vLLM, or another temperature there, the run ends by itself."""
+    plant(bug, tmp_path)
+    flags = ["--model", tiny, "--out", "run", "--task", "countdown3", "--steps", "9", "--prompts_per_step", "4",
+             "--max_prompt_tokens", "64", "--max_new_tokens", "16", "--max_tokens_per_microbatch", "400", "--lr", "1e-2",
+             "--temperature", "0.7", "--entropy_coef", "0.1"]  # fmt: skip
+    said = subprocess.run([sys.executable, "ppo.py", *flags], cwd=tmp_path, capture_output=True, text=True, timeout=200)
+    assert said.returncode != 0
+    assert "canary" in said.stderr and "stale or wrong weights" in said.stderr
