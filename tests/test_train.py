@@ -128,7 +128,7 @@ def test_ranks_and_budgets_do_not_matter(tmp_path, toy_model):
         "one": (TOY, ["--max_tokens_per_microbatch", 64]),
         "half": (TOY, ["--max_tokens_per_microbatch", 32]),
         "double": (TOY, ["--max_tokens_per_microbatch", 128]),
-        "two": ([*TWO, "29611", *TOY], ["--max_tokens_per_microbatch", 64]),
+        "two": ([*TWO, "29611", *TOY], ["--max_tokens_per_microbatch", 64, "--gradient_checkpointing"]),
         "sp": ([*TWO, "29612", *TOY], ["--max_tokens_per_microbatch", 32, "--sp", 2]),
     }
     for name, (script, budget) in ways.items():

@@ -1,17 +1,19 @@
-"""Makes a tiny Hugging Face folder (Qwen2, 0.6M parameters) that knows a little Countdown: python tests/tiny.py DIR
+"""Makes a tiny Hugging Face folder (Qwen2, 0.5M parameters) that knows a little Countdown: python tests/tiny.py DIR
 
 Owns: the tokenizer, the demonstrator whose worked answers warm the model up, and the supervised steps on them.
-Refuses to know: PPO. Everything follows from `seed`; steps=0 gives the random-initialised folder in two seconds.
+Refuses to know: PPO. Everything follows from `seed`; steps=0 gives the random-initialised folder in a few seconds.
 
-The demonstrator tries one expression after another until one fits, then answers with its last try:
+The demonstrator tries one expression after another, says whether it fits, and answers with its last try:
 
-    <think>5*3=15 15+7=22          two equations a try: first two of the numbers, then their result with the third
-    5+3=8 8*7=56                   (the larger one first, results in 1..120, no division)
-    </think><answer>(5+3)*7</answer><eos>
+    <think>17-5=12*7=84 for 29: no           every result a whole number in 1..120
+    17+7=24+5=29 for 29: yes</think><answer>(17+7)+5</answer><eos>
 
 Its tries are guesses: no value twice, and values near the target more often. Its impatience is on purpose: after half
-of its wrong tries it gives up and answers with the wrong one. So the model learns to calculate, to notice a fit and to
+of its wrong tries it gives up and answers with a wrong one. So the model learns to calculate, to notice a fit and to
 answer with what it found, and it also learns to stop too early: what is left for PPO is to search until it fits.
+
+Two things a model of this size gets for nothing, as a minute or three is too short to find them: numbers up to 120 are
+one token each (Llama 3 has them up to 999), and their embeddings start as waves in which arithmetic is rotation.
 """
 import argparse
 import json
@@ -38,7 +40,7 @@ import data  # noqa: E402
 # ------------------------------------------------------------------------------------------------------- the tokenizer
 
 TAGS = ["<think>", "</think>", "<answer>", "</answer>"]  # one token each, but text: they must survive decoding
-NUMBERS = [str(n) for n in range(10, 121)]  # one token each, as in Llama 3: carrying is hard for a tiny model
+NUMBERS = [str(n) for n in range(10, 121)]  # one token each; the smaller ones are anyway
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% if message.role == 'assistant' %}"
     "{{ eos_token }}{% endif %}{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
@@ -56,23 +58,26 @@ def make_tokenizer() -> Qwen2Tokenizer:
     )
     parts = re.split(r"\{\w+\}|(<.*?>)", data.BASE_PROMPT + "user: " + data.CHAT_PROMPT + "\nassistant: ")
     phrases = sorted({part for part in parts if part and len(part) > 1} - set(TAGS))
-    tokenizer.add_tokens([AddedToken(t, special=False, normalized=False) for t in [*TAGS, *NUMBERS, ", ", *phrases]])
+    whole = [*TAGS, *NUMBERS, ", ", ASK, YES, NO, *phrases]
+    tokenizer.add_tokens([AddedToken(text, special=False, normalized=False) for text in whole])
     return tokenizer
 
 
 # ---------------------------------------------------------------------------------------------------- the demonstrator
 
+ASK, YES, NO = " for ", ": yes", ": no"  # what stands behind every try, around the target
 BOUND = 120  # no result above it: keeps the arithmetic that has to be learnt small
 FOCUS = 0.5  # how much more likely a try near the target is: weight (1 + distance) ** -FOCUS
 GIVE_UP = 0.5  # how often, after a wrong try
 PATIENT = 0.4  # of the answers never give up: see worked_answer
-MAX_TRIES = 9
+MAX_TRIES = 8
 
 
 def combine(a: int, b: int) -> list[tuple[str, int]]:
     """(operator, result) of every operator that is tried on a >= b.
 
-    No division: when it comes out even is the hardest to learn, and six problems in seven can be solved without it.
+    No division: when it comes out even is the hardest to learn, and six problems in seven can be solved without it,
+    always working on the last result.
     """
     results = {"+": a + b, "-": a - b, "*": a * b}
     return [(operator, result) for operator, result in results.items() if 0 < result <= BOUND]
@@ -102,7 +107,7 @@ def worked_answer(row: dict, rng: random.Random, drill: bool) -> tuple[str, bool
     while options and len(tries) < MAX_TRIES:
         weights = None if drill else [(1 + abs(value - target)) ** -FOCUS for _, _, value in options]
         text, answer, value = rng.choices(options, weights)[0]
-        tries.append(text)
+        tries.append(f"{text}{ASK}{target}{YES if value == target else NO}")
         options = [option for option in options if option[2] != value]
         if not drill and (value == target or (not patient and rng.random() < GIVE_UP)):
             return "\n".join(tries) + f"</think><answer>{answer}</answer><eos>", patient
@@ -111,20 +116,28 @@ def worked_answer(row: dict, rng: random.Random, drill: bool) -> tuple[str, bool
 
 # ------------------------------------------------------------------------------------------------------------ the model
 
-PERIODS = (2, 3, 5, 10, 20, 50, 125, 250)
-LOG_RATES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
-WAVE = 0.15
-STEPS, BATCH = 1500, 24  # about three minutes on two cores
+STEPS, BATCH = 1300, 24  # a bit over three minutes on two cores
 MATRIX_LR, OTHER_LR = 0.02, 3e-3
-EARLY = 2
 DRILLS = 0.3  # of the steps, the first ones, are on drills
+PERIODS = (2, 3, 5, 10, 20, 50, 125, 250)  # of the waves of n
+LOG_RATES = (1, 2, 4, 8, 16, 32, 64, 128, 256)  # of the waves of log n
+
+
+@torch.no_grad()
+def teach_numbers(embedding: torch.Tensor, tokenizer: Qwen2Tokenizer) -> None:
+    """Number tokens start as waves of n and of log n, so that adding and multiplying are rotations: models find the
+    first kind by themselves, given time (arXiv:2502.00873)."""
+    n = torch.arange(1, BOUND + 1)
+    angles = [2 * math.pi * n / period for period in PERIODS] + [n.log() * rate for rate in LOG_RATES]
+    waves = torch.stack([f(a) for a in angles for f in (torch.cos, torch.sin)], dim=1)
+    embedding[tokenizer.convert_tokens_to_ids([str(i) for i in n.tolist()]), : waves.shape[1]] = 0.15 * waves
 
 
 def warm_up(model: Qwen2ForCausalLM, tokenizer: Qwen2Tokenizer, seed: int, steps: int) -> None:
     """Supervised steps on fresh worked answers of the train split; prompts are never learnt."""
     rows, rng = data.load("countdown3", "train", seed), random.Random(f"warm-up {seed}")
     newline, think = tokenizer("\n<think>")["input_ids"]
-    # Muon for the matrices: it learns the arithmetic in about a third of the steps that AdamW needs.
+    # Muon for the matrices: in the same time the loss on drills came to 0.10, with AdamW to 0.55.
     matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
     others = [p for name, p in model.named_parameters() if p.ndim == 1 or ".layers." not in name]
     optimizers = [
@@ -138,10 +151,7 @@ def warm_up(model: Qwen2ForCausalLM, tokenizer: Qwen2Tokenizer, seed: int, steps
             text, patient = worked_answer(row, rng, drill=step < DRILLS * steps)
             ids = tokenizer(row["prompt"] + text)["input_ids"]
             first = len(ids) - ids[::-1].index(think)  # the prompt ends with this tag
-            labels, lines = [], 0
-            for t, i in enumerate(ids):
-                lines += t >= first and i == newline
-                labels.append(i if t >= first and not (patient and i == newline and lines <= EARLY) else -100)
+            labels = [i if t >= first and not (patient and i == newline) else -100 for t, i in enumerate(ids)]
             batch.append((ids, labels))
         longest = max(len(ids) for ids, _ in batch)
         ids = torch.tensor([ids + [0] * (longest - len(ids)) for ids, _ in batch])
@@ -159,17 +169,6 @@ def warm_up(model: Qwen2ForCausalLM, tokenizer: Qwen2Tokenizer, seed: int, steps
             print(f"step {step + 1}/{steps}  loss {loss.item():.3f}  {left:.0f} s left", flush=True)
 
 
-@torch.no_grad()
-def teach_numbers(embedding: torch.Tensor, tokenizer: Qwen2Tokenizer) -> None:
-    """Number tokens start as waves of n and of log n, in which adding, subtracting and multiplying are rotations: what
-    a model finds out by itself on the way to arithmetic (arXiv:2502.00873), given here because a minute is too short."""
-    n = torch.arange(1, BOUND + 1)
-    angles = [2 * math.pi * n / period for period in PERIODS] + [n.log() * rate for rate in LOG_RATES]
-    waves = torch.stack([f(a) for a in angles for f in (torch.cos, torch.sin)], dim=1)
-    ids = tokenizer.convert_tokens_to_ids([str(int(i)) for i in n])
-    embedding[ids, : waves.shape[1]] = WAVE * waves
-
-
 def make(path: str | Path, seed: int = 0, steps: int = STEPS, tie: bool = True) -> None:
     """Writes the folder. `tie`: input and output embeddings are one matrix, as in the small Qwen2 models."""
     torch.manual_seed(seed)
@@ -181,7 +180,7 @@ def make(path: str | Path, seed: int = 0, steps: int = STEPS, tie: bool = True) 
     )  # heads of 32: the smallest that vLLM's attention for CPUs takes
     model = Qwen2ForCausalLM(config)
     if steps:
-        if WAVE: teach_numbers(model.model.embed_tokens.weight, tokenizer)
+        teach_numbers(model.model.embed_tokens.weight, tokenizer)
         warm_up(model, tokenizer, seed, steps)
     model.generation_config = GenerationConfig(do_sample=True, **special)
     model.save_pretrained(path)

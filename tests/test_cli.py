@@ -1,0 +1,107 @@
+"""What a user types: flags, mistakes, the dry run, the programs that each file is."""
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import ppo
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def run(*command: str, cwd: Path = ROOT) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, *map(str, command)], cwd=cwd, capture_output=True, text=True, timeout=200)
+
+
+def test_flags_are_flat_and_typed(tiny):
+    args = ppo.parse_args(["--model", tiny, "--clip_high", "0.28", "--no_whiten", "--samples_per_prompt", "4"])
+    assert (args.clip_high, args.whiten, args.batch_size, args.minibatch) == (0.28, False, 1024, 1024)
+
+
+def test_an_unknown_flag_names_the_nearest(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        ppo.parse_args(["--clip_hihg", "0.3"])
+    assert stopped.value.code != 0
+    said = capsys.readouterr()
+    assert "--clip_high" in said.out + said.err
+
+
+@pytest.mark.parametrize(
+    "flags, world, says",
+    [
+        ({"model": "no/such/folder"}, 1, ["no/such/folder", "Hugging Face folder"]),
+        ({"critic_model": "gone"}, 1, ["critic_model='gone'"]),
+        ({"prompts_per_step": 6}, 4, ["prompts_per_step=6", "4 ranks", "use 8"]),
+        ({"prompts_per_step": 2}, 4, ["prompts_per_step=2", "use 4"]),
+        ({"minibatch_size": 48}, 1, ["minibatch_size=48", "= 64", "try 16"]),
+        ({"minibatch_size": -1}, 1, ["minibatch=-1", "above 0"]),
+        ({"temperature": 0.0}, 1, ["temperature=0.0", "above 0"]),
+        ({"tp": 2}, 1, ["tp=2", "1 ranks"]),
+        ({"tp": 3}, 3, ["prompts_per_step=64", "3 ranks"]),
+        ({"sp": 2}, 3, ["prompts_per_step=64"]),
+        ({"sp": 8, "prompts_per_step": 64}, 8, ["sp=8", "4 attention heads"]),
+        ({"tp": 2, "engine": "torch"}, 2, ["tp=2 needs --engine vllm"]),
+        ({"max_tokens_per_microbatch": 100}, 1, ["= 160", "= 100"]),
+        ({"max_new_tokens": 1000, "max_tokens_per_microbatch": 2000}, 1, ["1032", "512 positions"]),
+        ({"kl_coef": 0.1, "kl_in": "loss"}, 1, ["k1", "k2 or k3"]),
+        ({"eval_temperature": 0.0, "eval_samples": 4}, 1, ["eval_samples"]),
+        ({"seed": 10**7}, 1, ["seed=10000000"]),
+        ({"out": str(ROOT / "tests")}, 1, ["exists", "--resume"]),
+        ({"resume": True}, 1, ["no checkpoint"]),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_contradictions_stop_before_a_weight_is_loaded(tiny, tmp_path, flags, world, says):
+    """Guards the messages: what was given, what is expected, what to change."""
+    sizes = {"model": tiny, "prompts_per_step": 64, "max_prompt_tokens": 32, "max_new_tokens": 128, "out": str(tmp_path / "x")}
+    with pytest.raises(ValueError) as error:
+        ppo.check(ppo.Args(**sizes | flags), world)
+    for part in says:
+        assert part in str(error.value), error.value
+
+
+def test_good_flags_pass(tiny, tmp_path):
+    ppo.check(ppo.Args(model=tiny, prompts_per_step=64, max_prompt_tokens=32, max_new_tokens=128, out=str(tmp_path / "x")), 2)
+
+
+def test_a_long_prompt_is_an_error_with_numbers(tiny, tmp_path):
+    said = run("ppo.py", "--model", tiny, "--task", "countdown3", "--engine", "torch", "--max_prompt_tokens", "8",
+               "--max_new_tokens", "8", "--prompts_per_step", "4", "--out", tmp_path / "run")  # fmt: skip
+    assert said.returncode != 0 and "allowed are 1 to max_prompt_tokens=8" in said.stderr
+
+
+def test_dry_run(tiny, tmp_path):
+    """--steps 0 loads everything, prints the plan, samples and scores one batch, and trains nothing."""
+    said = run("ppo.py", "--model", tiny, "--task", "countdown", "--template", "chat", "--engine", "torch", "--steps", "0",
+               "--max_prompt_tokens", "100", "--max_new_tokens", "8", "--prompts_per_step", "4", "--kl_coef", "0.1",
+               "--out", tmp_path / "run")  # fmt: skip
+    assert said.returncode == 0, said.stderr[-2000:]
+    assert "plan: 4 prompts x 1 = 4 samples a step" in said.stdout and "one batch: reward" in said.stdout
+    assert "response" in said.stdout and not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_checkpoints_are_ordinary_folders(tiny, tmp_path):
+    """Guards the export: policy and critic load by from_pretrained, with the trained weights; GRPO-like flags run too."""
+    from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, AutoTokenizer
+
+    said = run("ppo.py", "--model", tiny, "--task", "countdown3", "--engine", "torch", "--steps", "1", "--lr", "1e-2",
+               "--max_prompt_tokens", "64", "--max_new_tokens", "8", "--prompts_per_step", "4", "--kl_coef", "0.1",
+               "--entropy_coef", "0.1", "--out", tmp_path / "run")  # fmt: skip
+    assert said.returncode == 0, said.stderr[-2000:]
+    folder = tmp_path / "run" / "checkpoints" / "step_1"
+    before = AutoModelForCausalLM.from_pretrained(tiny)
+    policy = AutoModelForCausalLM.from_pretrained(folder / "policy")
+    critic = AutoModelForTokenClassification.from_pretrained(folder / "critic")
+    assert not any(a.equal(b) for a, b in zip(before.parameters(), policy.parameters()))
+    assert policy.config.architectures == ["Qwen2ForCausalLM"] and critic.score.out_features == 1
+    AutoTokenizer.from_pretrained(folder / "policy")
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["kl_coef"] == 0.1
+    assert {"ppo.py", "data.py", "rewards.py", "rollout.py", "kernels.py"} <= {p.name for p in (tmp_path / "run").iterdir()}
+
+
+@pytest.mark.parametrize("file", ["data.py", "rewards.py"])
+def test_files_answer_for_themselves(file):
+    said = run(file)
+    assert said.returncode == 0 and len(said.stdout.splitlines()) > 4
