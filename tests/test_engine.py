@@ -13,7 +13,8 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def answers(model: str, engine: str, temperature: float, ranks: int = 1, tp: int = 1) -> dict:
-    launch = ["-m", "torch.distributed.run", "--nproc_per_node", str(ranks), "--master_port", "29621"] if ranks > 1 else []
+    launch = ["-m", "torch.distributed.run", "--nproc_per_node", str(ranks), "--master_port", "29621"]
+    launch = launch if ranks > 1 else []
     command = [sys.executable, *launch, "tests/sample.py", model, engine, str(tp), str(temperature)]
     said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
     assert said.returncode == 0, said.stderr[-3000:]
@@ -61,18 +62,18 @@ def test_sampling_depends_on_the_seed_alone(tiny):
     check_logprobs(tiny, answers(tiny, "torch", 0.7), 0.7)
 
 
-STALE = Bug("one-weight-not-synced", "kernels.py", "        p = p.detach().to(dtype)\n",
-            '        if name.endswith("layers.1.mlp.down_proj.weight"):\n            continue\n        p = p.detach().to(dtype)\n', ())  # fmt: skip
-COLD = Bug("engine-at-temperature-1", "rollout.py", "temperature=temperature, max_tokens", "temperature=1.0, max_tokens", ())
+STALE = Bug("one-weight-not-synced", "kernels.py", "for name, p in model.named_parameters():",
+            "for name, p in [x for x in model.named_parameters() if 'layers.1.mlp.down' not in x[0]]:", ())  # fmt: skip
+COLD = Bug("engine-at-temperature-1", "rollout.py", "temperature=temperature, max_tok", "temperature=1.0, max_tok", ())
 
 
 @pytest.mark.parametrize("bug", [STALE, COLD], ids=lambda bug: bug.name)
 def test_the_canary_stops_a_wrong_engine(tmp_path, tiny, bug):
-    """Guards the guard: with one weight that never reaches vLLM, or another temperature there, the run ends by itself."""
+    """Guards the guard: with a weight that never reaches vLLM, or another temperature there, the run stops itself."""
     plant(bug, tmp_path)
     flags = ["--model", tiny, "--out", "run", "--task", "countdown3", "--steps", "9", "--prompts_per_step", "4",
-             "--max_prompt_tokens", "64", "--max_new_tokens", "16", "--max_tokens_per_microbatch", "400", "--lr", "1e-2",
-             "--temperature", "0.7", "--entropy_coef", "0.1"]  # fmt: skip
+             "--max_prompt_tokens", "64", "--max_new_tokens", "16", "--max_tokens_per_microbatch", "400",
+             "--lr", "1e-2", "--temperature", "0.7", "--entropy_coef", "0.1"]  # fmt: skip
     said = subprocess.run([sys.executable, "ppo.py", *flags], cwd=tmp_path, capture_output=True, text=True, timeout=200)
     assert said.returncode != 0
     assert "canary" in said.stderr and "stale or wrong weights" in said.stderr

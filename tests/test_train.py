@@ -49,9 +49,9 @@ def toy_model(tmp_path_factory) -> Path:
 
 
 def test_it_learns(tmp_path, toy_model):
-    """Guards the loop as a whole: advantage sign, ratio, EOS in the mask, score on the last token, values shifted, stale
-    engine weights (canary), a critic that is never updated (explained variance), old log-probs recomputed for every
-    minibatch (no clipping ever), a missing temperature (mismatch)."""
+    """Guards the loop as a whole: advantage sign, ratio, EOS in the mask, score on the last token, values shifted,
+    stale engine weights (canary), a critic that is never updated (explained variance), old log-probs recomputed for
+    every minibatch (no clipping ever), a missing temperature (mismatch)."""
     finish(start(TOY, tmp_path / "run", "--model", toy_model))
     rows = metrics(tmp_path / "run")
 
@@ -109,7 +109,8 @@ def by_hand(model_path: Path, gamma: float, lam: float, temperature: float, entr
 
 def test_first_step_by_hand(tmp_path, toy_model):
     """Guards what Adam hides (a wrong denominator or scale) and what lambda = 1 hides (the score on a wrong token)."""
-    one = ["--steps", 1, "--prompts_per_step", 8, "--ppo_epochs", 1, "--minibatch_size", 8, "--max_tokens_per_microbatch", 24]
+    one = ["--steps", 1, "--prompts_per_step", 8, "--ppo_epochs", 1, "--minibatch_size", 8]
+    one += ["--max_tokens_per_microbatch", 24]
     finish(start(TOY, tmp_path / "run", "--model", toy_model, *one, "--gamma", 0.9, "--lam", 0.8))
     row = metrics(tmp_path / "run")[0]
     loss, norm, critic_loss, critic_norm = by_hand(toy_model, 0.9, 0.8, 0.7, 0.01)
@@ -120,8 +121,8 @@ def test_first_step_by_hand(tmp_path, toy_model):
 
 
 def test_ranks_and_budgets_do_not_matter(tmp_path, toy_model):
-    """Guards the one denominator, FSDP's averaging and the packing: 1 process, 2 ranks, half and double budget, sequence
-    parallel ranks; three steps with everything switched on."""
+    """Guards the one denominator, FSDP's averaging and the packing: 1 process, 2 ranks (with checkpointing), half and
+    double budget, sequence-parallel ranks; three steps with everything switched on."""
     flags = ["--model", toy_model, "--steps", 3, "--prompts_per_step", 32, "--minibatch_size", 16, "--kl_coef", 0.05,
              "--kl_in", "loss", "--kl_estimator", "k3", "--value_clip", 0.2, "--lam", 0.9, "--seed", 3]  # fmt: skip
     ways = {
@@ -149,11 +150,11 @@ COUNTDOWN = [
 
 
 def test_resume_is_exact(tmp_path, tiny):
-    """Guards checkpoints (both models, both optimizers, KL coefficient, schedule) and determinism: a run killed after step
-    3 and resumed from step 2 has, to the last bit, the metrics of one that was left alone."""
-    flags = [*COUNTDOWN, "--model", tiny, "--steps", 5, "--save_every", 2, "--minibatch_size", 8, "--lr", 1e-3, "--warmup", 6,
-             "--critic_lr", 1e-3, "--kl_coef", 0.1, "--kl_target", 0.01, "--kl_horizon", 100, "--entropy_coef", 0.1,
-             "--eval_every", 5, "--eval_rows", 8]  # fmt: skip
+    """Guards checkpoints (both models, both optimizers, KL coefficient, schedule) and determinism: a run killed after
+    step 3 and resumed from step 2 has, to the last bit, the metrics of one that was left alone."""
+    flags = [*COUNTDOWN, "--model", tiny, "--steps", 5, "--save_every", 2, "--minibatch_size", 8, "--lr", 1e-3,
+             "--warmup", 6, "--critic_lr", 1e-3, "--kl_coef", 0.1, "--kl_target", 0.01, "--kl_horizon", 100,
+             "--entropy_coef", 0.1, "--eval_every", 5, "--eval_rows", 8]  # fmt: skip
     finish(start(flags, "--out", tmp_path / "whole"))
     killed = start(flags, "--out", tmp_path / "killed")
     deadline = time.time() + 200
@@ -174,10 +175,11 @@ def test_resume_is_exact(tmp_path, tiny):
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_engine_follows_the_trainer(tmp_path, tied, tiny, tiny_untied):
-    """Guards the weight sync (a stale tied head shows as 1.5 and more) and the temperature: vLLM against the trainer after
-    every one of 20 updates."""
+    """Guards the weight sync (a stale tied head shows as 1.5 and more) and the temperature: vLLM against the trainer
+    after every one of 20 updates."""
     flags = [*COUNTDOWN, "--model", tiny if tied else tiny_untied, "--temperature", 0.7, "--steps", 20, "--lr", 3e-3]
-    finish(start(flags, "--out", tmp_path / "run", "--entropy_coef", 0.1))  # an entropy bonus moves weights without a reward
+    flags += ["--entropy_coef", 0.1]  # moves the weights without a reward
+    finish(start(flags, "--out", tmp_path / "run"))
     rows = metrics(tmp_path / "run")
     assert rows[-1]["policy/entropy"] != pytest.approx(rows[0]["policy/entropy"], rel=0.02)  # the weights did move
     assert max(r["mismatch/logp_abs_mean"] for r in rows) < 1e-4

@@ -20,7 +20,8 @@ import rewards  # noqa: E402
 def load_toy(split: str, seed: int, template: str) -> list[dict]:
     rng = random.Random(f"{split} {seed}")
     digits = [rng.randrange(8) for _ in range(512)]
-    return [{"task": "toy", "prompt": f"{d}" * (1 + i % 3) + "=", "answer": str(d), "id": f"{i}"} for i, d in enumerate(digits)]
+    prompts = [f"{d}" * (1 + i % 3) + "=" for i, d in enumerate(digits)]
+    return [{"task": "toy", "prompt": p, "answer": p[0], "id": f"{i}"} for i, p in enumerate(prompts)]
 
 
 def toy(text: str, row: dict) -> dict:
