@@ -306,6 +306,8 @@ def train(args: Args) -> list[dict]:
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     train_rows = data.load(args.task, "train", args.seed, args.template)
     eval_rows = data.load(args.task, "test", args.seed, args.template, args.eval_rows)
+    for row in train_rows + eval_rows:  # now, so that a prompt over the limit stops the run before it costs anything
+        row["ids"] = data.encode(row, tokenizer, args.max_prompt_tokens)
     made = kernels.setup(config.model_type, args.liger, bar)
     # the engine first, then asleep: it measures the free memory that the models take afterwards
     options = {"max_len": args.max_prompt_tokens + args.max_new_tokens, "max_seqs": args.max_seqs, "tp": args.tp}
@@ -324,19 +326,17 @@ def train(args: Args) -> list[dict]:
     made["sharding"] = f"FSDP2 over {ranks.world} ranks" if accelerator.is_fsdp2 else "none (one process)"
     say(plan(args, ranks, models | {"reference": ref}, made, start))
 
-    def encode(rows: list[dict]) -> list[list[int]]:
-        return [data.encode(row, tokenizer, args.max_prompt_tokens) for row in rows]
-
     def ask(prompts: list[list[int]], n: int, limit: int, temperature: float, step: int, purpose: int) -> list:
         """n Samples for each of this rank's share of the prompts. They depend on (seed, step, purpose) and on the
         prompt's place in the list, not on the number of ranks."""
         seed = rollout.stream(args.seed, step, purpose) + ranks.rank * len(prompts) // ranks.world * n
         return sampler.sample(kernels.share(prompts, ranks), n, limit, temperature, seed, bar)
 
-    def judge(rows: list[dict], samples: list[rollout.Sample]) -> list[tuple[rollout.Sample, str, dict]]:
-        """(sample, text, result) of all ranks' samples, in the order of `rows`, which has one row for each sample."""
+    def judge(rows: list[dict], n: int, samples: list[rollout.Sample]) -> list[tuple[rollout.Sample, str, dict]]:
+        """(sample, text, result) of all ranks' samples, n for each row, in the order of `rows`."""
         texts = [tokenizer.decode(s.ids, skip_special_tokens=True) for s in samples]
-        scored = rewards.score(texts, kernels.share(rows, ranks), [s.finished for s in samples])
+        rows = [row for row in kernels.share(rows, ranks) for _ in range(n)]
+        scored = rewards.score(texts, rows, [s.finished for s in samples])
         return kernels.gather(list(zip(samples, texts, scored)), ranks)
 
     def forward(model: nn.Module, batch: rollout.Rollout) -> Tensor:
@@ -353,7 +353,7 @@ def train(args: Args) -> list[dict]:
         """New weights into the engine; then the canary: fresh answers, on whose log-probs the trainer must agree.
         Stale weights show as 0.2 and more, bf16 as about 0.01. Returns the worst engine's mean |difference|."""
         sampler.load(kernels.full_weights(policy, args.compute_dtype))
-        prompts = encode(data.batch(train_rows, step, 4 * ranks.world, args.seed))
+        prompts = [row["ids"] for row in data.batch(train_rows, step, 4 * ranks.world, args.seed)]
         samples = ask(prompts, 1, min(64, args.max_new_tokens), args.temperature, step, purpose=2)
         batch = rollout.collate(prompts, kernels.gather(samples, ranks), device)
         gap = (forward(policy, batch) - batch.sampler_logprobs).abs().view(ranks.world, -1).sum(1)
@@ -366,8 +366,9 @@ def train(args: Args) -> list[dict]:
 
     def evaluate() -> dict[str, float]:
         """Held-out rows, k = eval_samples answers each, with the same random numbers every time."""
-        samples = ask(encode(eval_rows), args.eval_samples, args.max_new_tokens, args.eval_temperature, 0, purpose=1)
-        judged = judge([row for row in eval_rows for _ in range(args.eval_samples)], samples)
+        prompts = [row["ids"] for row in eval_rows]
+        samples = ask(prompts, args.eval_samples, args.max_new_tokens, args.eval_temperature, 0, purpose=1)
+        judged = judge(eval_rows, args.eval_samples, samples)
         correct = torch.tensor([result["correct"] for _, _, result in judged]).view(len(eval_rows), -1)
         length = sum(len(sample.ids) for sample, _, _ in judged) / len(judged)
         best = correct.amax(1).mean().item()
@@ -386,14 +387,14 @@ def train(args: Args) -> list[dict]:
         # ---- 1. sample: the policy answers a fresh batch of prompts
         with kernels.timed(times, "sample"):
             rows = data.batch(train_rows, step, args.prompts_per_step, args.seed)
-            prompts = encode(rows)
+            prompts = [row["ids"] for row in rows]
             samples = ask(prompts, args.samples_per_prompt, args.max_new_tokens, args.temperature, step, purpose=0)
             sampler.sleep()
-            rows, prompts = ([x for x in xs for _ in range(args.samples_per_prompt)] for xs in (rows, prompts))
 
         # ---- 2. reward: text -> number; from here on every rank has the whole batch
         with kernels.timed(times, "reward"):
-            samples, texts, scored = zip(*judge(rows, samples))
+            samples, texts, scored = zip(*judge(rows, args.samples_per_prompt, samples))
+            rows, prompts = ([x for x in xs for _ in range(args.samples_per_prompt)] for xs in (rows, prompts))
             scores = torch.tensor([result["reward"] for result in scored], device=device)  # (B,)
             sound = torch.tensor([result["status"] != "infra" for result in scored], device=device)  # (B,)
             batch = rollout.collate(prompts, samples, device)

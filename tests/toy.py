@@ -31,8 +31,8 @@ def toy(text: str, row: dict) -> dict:
     return {"reward": 0.5 * first + 0.5 * right, "correct": float(right), "status": "ok" if right else "wrong"}
 
 
-def make_model(path: str) -> None:
-    """Two layers, an alphabet of eight digits."""
+def make_model(path: str, layers: int = 2) -> None:
+    """A transformer of 0.1M parameters over an alphabet of eight digits."""
     torch.manual_seed(0)
     vocabulary = {"<pad>": 0, "<eos>": 1, "=": 2, **{str(d): 3 + d for d in range(8)}}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
@@ -40,7 +40,7 @@ def make_model(path: str) -> None:
     tokenizer.decoder = decoders.Fuse()
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>").save_pretrained(path)
     special = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None}
-    shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
+    shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": layers, "num_attention_heads": 2}
     config = Qwen2Config(vocab_size=11, num_key_value_heads=1, max_position_embeddings=64, initializer_range=0.1,
                          tie_word_embeddings=True, **shape, **special)  # fmt: skip
     Qwen2ForCausalLM(config).save_pretrained(path)
