@@ -14,6 +14,7 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import NamedTuple
 
 import torch
@@ -21,6 +22,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -44,7 +46,7 @@ def start_ranks(bf16: bool, sp: int):
     GPUs, over gloo on CPU. Without torchrun this is one plain process."""
     from accelerate import Accelerator, FullyShardedDataParallelPlugin
     from accelerate.state import PartialState
-    from accelerate.utils import DistributedType
+    from accelerate.utils import DistributedType, InitProcessGroupKwargs
     from torch.distributed.fsdp import MixedPrecisionPolicy
 
     precision = "bf16" if bf16 else "no"
@@ -60,7 +62,9 @@ def start_ranks(bf16: bool, sp: int):
         # Accelerate's own policy for bf16 would round outputs (log-probs, that is) and gradient sums to bf16 as well
         mixed_precision_policy=MixedPrecisionPolicy(torch.bfloat16, torch.float32) if bf16 else None,
     )
-    accelerator = Accelerator(fsdp_plugin=plugin, mixed_precision=precision)
+    patience = InitProcessGroupKwargs(timeout=timedelta(hours=2))  # ranks wait for the longest answer, and for disks
+    handlers = [patience] if torch.cuda.is_available() else []
+    accelerator = Accelerator(fsdp_plugin=plugin, mixed_precision=precision, kwargs_handlers=handlers)
     rank, world, group = accelerator.process_index, accelerator.num_processes, None
     if sp > 1:  # new_group is collective: every rank makes every group
         group = [dist.new_group(list(range(first, first + sp))) for first in range(0, world, sp)][rank // sp]
@@ -103,15 +107,27 @@ def shard(model: nn.Module, accelerator, checkpointing: bool) -> nn.Module:
 def full_weights(model: nn.Module, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
     """(Hugging Face name, whole tensor), one alive at a time; collective. A tied head comes once, as the embedding.
     Cast before gathering: half the bytes to send in bf16."""
+    for module in model.modules():  # after a forward alone FSDP2 keeps the head gathered, rounded to the compute dtype
+        if isinstance(module, FSDPModule):
+            module.reshard()
     for name, p in model.named_parameters():
         p = p.detach().to(dtype)
         yield name, p.full_tensor() if isinstance(p, DTensor) else p
 
 
-def clip_grad_norm(model: nn.Module, max_norm: float) -> Tensor:
-    """Clips the gradient over all ranks and returns its norm before, (). (Accelerate's breaks for a second model.)"""
-    norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm)
-    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+def optimizer_step(model: nn.Module, optimizer, lr: float, max_norm: float, batch: NamedTuple, dump) -> Tensor:
+    """Clips the gradient over all ranks and steps; returns its norm before clipping, (). A norm that is not finite
+    stops every rank here, before this model changes, with the batch in the file `dump`."""
+    norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm)  # Accelerate's breaks for a second model
+    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+    if not torch.isfinite(norm):
+        torch.save(batch._asdict(), dump)
+        raise FloatingPointError(f"{type(model).__name__}: gradient norm {norm}; not updated; the batch is in {dump}")
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.step()
+    optimizer.zero_grad()
+    return norm
 
 
 def save_sharded(path, trained: dict[str, tuple[nn.Module, torch.optim.Optimizer]]) -> None:
@@ -151,6 +167,10 @@ class Meter:
         x = x.detach().double()
         pair = torch.stack([x.sum(), torch.full_like(x.sum(), x.numel())])
         self.pairs[name] = self.pairs.get(name, 0.0) + pair
+
+    def add_all(self, prefix: str, **values: Tensor) -> None:
+        for name, x in values.items():
+            self.add(prefix + name, x)
 
     def means(self, ranks: Ranks) -> dict[str, float]:
         table = torch.stack(list(self.pairs.values()))  # every rank has added the same names in the same order
@@ -246,6 +266,7 @@ def varlen_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_se
     No (T, T) mask exists anywhere, so memory is linear in T and sequences cannot see each other."""
     if not q.is_cuda:
         return _varlen_cpu(q, k, v, cu_seqlens.tolist(), scale)
+    q, k = (x.to(v.dtype) for x in (q, k))  # under autocast RoPE leaves them in fp32
     if _has_flash_attn():
         from flash_attn import flash_attn_varlen_func
 
@@ -254,7 +275,7 @@ def varlen_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_se
         )
     from torch.nn.attention.varlen import varlen_attn
 
-    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))  # torch < 2.12 has no enable_gqa
+    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))  # torch 2.11 has no enable_gqa
     return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, scale=scale, window_size=(-1, 0))
 
 
@@ -312,12 +333,14 @@ def attention(module, query, key, value, attention_mask, scaling, cu_seqlens, ma
     return _AllToAll.apply(out, sp_group, 0, 1)[None], None
 
 
-def setup(model_type: str, liger: bool, progress: bool) -> dict[str, str]:
+def setup(model_type: str, liger: bool, progress: bool, bf16: bool) -> dict[str, str]:
     """Before any model is made: attn_implementation="varlen" becomes known to transformers (which then builds no mask),
     Liger patches its layers, and no report comes on the value head being new. Returns what will be used for what."""
     from transformers import AttentionInterface
     from transformers.utils import logging
 
+    if torch.cuda.is_available() and not bf16:
+        raise ValueError("dtype=fp32 is for CPU: the packed attention kernels of CUDA take bf16 only, use --dtype bf16")
     logging.set_verbosity_error()
     (logging.enable_progress_bar if progress else logging.disable_progress_bar)()
     AttentionInterface.register("varlen", attention)
@@ -380,7 +403,7 @@ class _ChunkedLogprob(torch.autograd.Function):
 
 
 def token_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """token_logprobs_ref in the memory of one chunk of logits (128 MB), differentiable in hidden and weight."""
+    """token_logprobs_ref with no more logits alive than a few chunks of 128 MB, differentiable in hidden and weight."""
     chunk = max(1, (128 << 20) // (4 * len(weight)))
     return _ChunkedLogprob.apply(hidden, weight, targets, temperature, chunk)
 

@@ -172,7 +172,8 @@ def check(args: Args, world: int) -> transformers.PretrainedConfig:
             configs.append(AutoConfig.from_pretrained(path))
         except (OSError, ValueError) as error:
             raise ValueError(f"{flag}={path!r} is no Hugging Face folder, nor a hub id that can be reached") from error
-    for flag in "prompts_per_step samples_per_prompt max_new_tokens ppo_epochs minibatch tp sp temperature".split():
+    positive = "prompts_per_step samples_per_prompt max_prompt_tokens max_new_tokens max_seqs temperature ppo_epochs "
+    for flag in (positive + "minibatch tp sp eval_rows eval_samples").split():
         expect(getattr(args, flag) > 0, f"{flag}={getattr(args, flag)}: must be above 0")
     prompts, even = args.prompts_per_step, math.ceil(args.prompts_per_step / world) * world
     expect(prompts == even, f"prompts_per_step={prompts} is not a multiple of the {world} ranks: use {even}")
@@ -182,9 +183,10 @@ def check(args: Args, world: int) -> transformers.PretrainedConfig:
     for flag, n in (("tp", args.tp), ("sp", args.sp)):
         expect(world % n == 0, f"{flag}={n} does not divide the {world} ranks: launch a multiple of {n}")
         expect(heads % n == 0, f"{flag}={n} does not divide the {heads} attention heads: use a divisor of {heads}")
-    expect(0 <= args.seed < 10**6, f"seed={args.seed}: use one from 0 to 999999")
-    idle = args.kl_coef and args.kl_in == "loss" and args.kl_estimator == "k1"
-    expect(not idle, "kl_estimator=k1 in the loss has a gradient of zero on average: use k2 or k3 with --kl_in loss")
+    expect(0 <= args.seed < 10**6 and args.steps >= 0, f"seed={args.seed}, steps={args.steps}: use 0 to 999999")
+    if args.kl_coef and args.kl_in == "loss":
+        expect(args.kl_estimator != "k1", "kl_estimator=k1 has no gradient on average: use k2 or k3 with --kl_in loss")
+    expect(args.kl_target is None or args.kl_coef > 0, "kl_target needs a kl_coef above 0 to start from")
     expect(args.tp == 1 or args.engine == "vllm", f"tp={args.tp} needs --engine vllm, not {args.engine}")
     expect(args.eval_temperature > 0 or args.eval_samples == 1, "eval_samples > 1 needs --eval_temperature above 0")
     longest, room = args.max_prompt_tokens + args.max_new_tokens, args.max_tokens_per_microbatch * args.sp
@@ -192,10 +194,12 @@ def check(args: Args, world: int) -> transformers.PretrainedConfig:
     expect(longest <= room, f"{text} max_tokens_per_microbatch x sp = {room}: raise the budget or lower the limits")
     limit = min(getattr(config, "max_position_embeddings", longest) for config in configs)
     expect(longest <= limit, f"{text} the model has {limit} positions: lower the limits")
+    newest, fix = newest_checkpoint(args.out), "choose another --out or remove the folder"
     if args.resume:
-        expect(newest_checkpoint(args.out), f"resume: no checkpoint in {args.out!r}: start without --resume")
+        expect(newest, f"resume: there is no checkpoint in {args.out!r}: start without --resume, {fix}")
+        expect(int(newest.name[5:]) < args.steps, f"resume: {newest} has all the --steps {args.steps}: ask for more")
     elif Path(args.out).exists():
-        raise ValueError(f"out={args.out!r} exists, nothing is written over: choose another --out or give --resume")
+        raise ValueError(f"out={args.out!r} exists, nothing is written over: {fix}, or go on with --resume")
     return configs[0]
 
 
@@ -209,19 +213,8 @@ def microbatches(batch: rollout.Rollout, rows: list[int], args: Args, ranks: ker
     return [kernels.pack(*batch[:2], batch.lengths, [rows[i] for i in bin], ranks.sp_rank, ranks.sp) for bin in mine]
 
 
-def optimizer_step(name: str, trained: dict, lr: float, args: Args, step: int, batch: rollout.Rollout) -> Tensor:
-    """Clips and steps policy or critic; returns the gradient norm before clipping, (). A norm that is not finite stops
-    every rank here, before any weight is touched."""
-    model, optimizer = trained[name]
-    norm = kernels.clip_grad_norm(model, args.max_grad_norm)
-    if not torch.isfinite(norm):
-        torch.save(batch._asdict(), Path(args.out) / "bad_batch.pt")
-        raise FloatingPointError(f"{name}, step {step}: gradient norm {norm}; not updated; see {args.out}/bad_batch.pt")
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    optimizer.step()
-    optimizer.zero_grad()
-    return norm
+def warmed(lr: float, update: int, warmup: int) -> float:
+    return lr * min(1.0, max(0, update) / max(1, warmup))  # update 1, 2, ...; before the first the rate is 0
 
 
 # --------------------------------------------------------------------------------------------- the math: pure functions
@@ -296,7 +289,7 @@ def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip: float)
 
 
 def train(args: Args) -> list[dict]:
-    """Runs `args.steps` steps and returns what metrics.jsonl got. Every rank calls it."""
+    """Runs `args.steps` steps and returns the rows of metrics.jsonl (rank 0: those before a resume, too)."""
     config = check(args, int(os.environ.get("WORLD_SIZE", 1)))
     begun = perf_counter()
     accelerator, ranks = kernels.start_ranks(args.compute_dtype == torch.bfloat16, args.sp)
@@ -308,7 +301,7 @@ def train(args: Args) -> list[dict]:
     eval_rows = data.load(args.task, "test", args.seed, args.template, args.eval_rows)
     for row in train_rows + eval_rows:  # now, so that a prompt over the limit stops the run before it costs anything
         row["ids"] = data.encode(row, tokenizer, args.max_prompt_tokens)
-    made = kernels.setup(config.model_type, args.liger, bar)
+    made = kernels.setup(config.model_type, args.liger, bar, args.compute_dtype == torch.bfloat16)
     # the engine first, then asleep: it measures the free memory that the models take afterwards
     options = {"max_len": args.max_prompt_tokens + args.max_new_tokens, "max_seqs": args.max_seqs, "tp": args.tp}
     options |= {"dtype": str(args.compute_dtype)[6:], "gpu_memory": args.gpu_memory, "seed": args.seed}
@@ -320,8 +313,9 @@ def train(args: Args) -> list[dict]:
     adam = {"betas": (0.9, 0.95), "weight_decay": args.weight_decay, "fused": device.type == "cuda"}
     models = {"policy": policy, "critic": critic}
     trained = {name: (model, torch.optim.AdamW(model.parameters(), **adam)) for name, model in models.items()}
-    start, kl_coef = restore(newest_checkpoint(args.out), trained) if args.resume else (0, args.kl_coef)
-    history, log = open_run_folder(Path(args.out), args, start, main)
+    start, adapted = restore(newest_checkpoint(args.out), trained) if args.resume else (0, args.kl_coef)
+    kl_coef = adapted if args.kl_target else args.kl_coef
+    history, log = open_run_folder(Path(args.out), args, start, main and args.steps > 0)
     made |= {"compute": f"{str(args.compute_dtype)[6:]} on {device.type}", "engine": f"{args.engine} tp {args.tp}"}
     made["sharding"] = f"FSDP2 over {ranks.world} ranks" if accelerator.is_fsdp2 else "none (one process)"
     say(plan(args, ranks, models | {"reference": ref}, made, start))
@@ -351,7 +345,7 @@ def train(args: Args) -> list[dict]:
 
     def hand_over(step: int) -> float:
         """New weights into the engine; then the canary: fresh answers, on whose log-probs the trainer must agree.
-        Stale weights show as 0.2 and more, bf16 as about 0.01. Returns the worst engine's mean |difference|."""
+        Weights stale by many steps show as 0.2, bf16 as about 0.01. Returns the worst engine's mean |difference|."""
         sampler.load(kernels.full_weights(policy, args.compute_dtype))
         prompts = [row["ids"] for row in data.batch(train_rows, step, 4 * ranks.world, args.seed)]
         samples = ask(prompts, 1, min(64, args.max_new_tokens), args.temperature, step, purpose=2)
@@ -371,8 +365,8 @@ def train(args: Args) -> list[dict]:
         judged = judge(eval_rows, args.eval_samples, samples)
         correct = torch.tensor([result["correct"] for _, _, result in judged]).view(len(eval_rows), -1)
         length = sum(len(sample.ids) for sample, _, _ in judged) / len(judged)
-        best = correct.amax(1).mean().item()
-        return {"eval/correct": correct.mean().item(), "eval/pass_at_k": best, "eval/length_mean": length}
+        row = {"eval/correct": correct.mean().item(), "eval/pass_at_k": correct.amax(1).mean().item()}
+        return row | {"eval/length_mean": length}
 
     canary = hand_over(start)
     say(f"ready after {perf_counter() - begun:.0f} s; engine and trainer agree within {canary:.1e} nats a token")
@@ -430,7 +424,7 @@ def train(args: Args) -> list[dict]:
 
         # ---- 5. update: epochs x minibatches x micro-batches; policy, then critic
         with kernels.timed(times, "update"):
-            fresh, updates = [], 0
+            fresh, updates, dump = [], 0, Path(args.out) / f"bad_batch_step{step + 1}_rank{ranks.rank}.pt"
             for epoch in range(args.ppo_epochs):
                 order = random.Random(f"{args.seed} {step} {epoch}").sample(range(args.batch_size), args.batch_size)
                 for chosen in (order[i : i + args.minibatch] for i in range(0, args.batch_size, args.minibatch)):
@@ -438,7 +432,11 @@ def train(args: Args) -> list[dict]:
                     # the one denominator: this update's response tokens on all ranks; times world, as FSDP averages
                     scale = ranks.world / max(1, mask[chosen].sum().item())
                     updates += 1
-                    warm = min(1.0, (step * args.updates_per_step + updates) / max(1, args.warmup))
+                    done = step * args.updates_per_step + updates
+                    policy_lr = warmed(args.lr, done - args.critic_warmup * args.updates_per_step, args.warmup)
+                    critic_lr = warmed(args.critic_lr, done, args.warmup)
+                    if not mask[chosen].any():  # all of them failed on our side; equal on all ranks
+                        continue
 
                     for p in micro if train_policy else []:
                         logprobs, entropy = kernels.policy_forward(policy, p, args.temperature, ranks.sp_group)
@@ -453,23 +451,19 @@ def train(args: Args) -> list[dict]:
                             reference = ref_logprobs.view(-1)[p.index]
                             loss = loss + kl_coef * kl_estimate(logprobs, reference, args.kl_estimator)
                         (loss.sum() * scale).backward()
-                        meter.add("policy/loss", loss)
-                        meter.add("policy/entropy", entropy)
-                        meter.add("policy/clipfrac_low", low)
-                        meter.add("policy/clipfrac_high", high)
+                        meter.add_all("policy/", loss=loss, entropy=entropy, clipfrac_low=low, clipfrac_high=high)
                         meter.add("policy/approx_kl", kl_estimate(old, logprobs, "k3"))
                         fresh.append((p.index, logprobs.detach()))
                     if train_policy:
-                        norm = optimizer_step("policy", trained, args.lr * warm, args, step, batch)
+                        norm = kernels.optimizer_step(*trained["policy"], policy_lr, args.max_grad_norm, batch, dump)
                         meter.add("policy/grad_norm", norm)
 
                     for p in micro:
                         values, old = kernels.critic_forward(critic, p, ranks.sp_group), old_values.view(-1)[p.index]
                         loss, clipped = value_loss(values, old, returns.view(-1)[p.index], args.value_clip)
                         (loss.sum() * scale).backward()
-                        meter.add("critic/loss", loss)
-                        meter.add("critic/clipfrac", clipped)
-                    norm = optimizer_step("critic", trained, args.critic_lr * warm, args, step, batch)
+                        meter.add_all("critic/", loss=loss, clipfrac=clipped)
+                    norm = kernels.optimizer_step(*trained["critic"], critic_lr, args.max_grad_norm, batch, dump)
                     meter.add("critic/grad_norm", norm)
             if on_policy:
                 old_logprobs = kernels.unpack(fresh, mask, ranks)
@@ -484,7 +478,7 @@ def train(args: Args) -> list[dict]:
             row |= rollout.mismatch(old_logprobs[mask], batch.sampler_logprobs[mask], args.tis_cap)
             row |= meter.means(ranks) | {"mismatch/canary": canary}
             row |= critic_metrics(old_values[mask], returns[mask])
-            row |= {"policy/lr": args.lr * warm * train_policy, "critic/lr": args.critic_lr * warm}
+            row |= {"policy/lr": policy_lr, "critic/lr": critic_lr}
             if ref:
                 kl = kl_estimate(old_logprobs, ref_logprobs, args.kl_estimator)[mask].mean().item()
                 row |= {"policy/ref_kl": kl, "policy/kl_coef": kl_coef}
@@ -547,8 +541,9 @@ def newest_checkpoint(out: str | Path) -> Path | None:
 def open_run_folder(out: Path, args: Args, start: int, main: bool):
     """(rows of metrics.jsonl up to `start`, a function that adds a row there and to W&B, and samples to their file)"""
     kept = {"metrics.jsonl": [], "samples.jsonl": []}  # what came after the checkpoint will come again
-    for name in kept if start else ():
-        kept[name] = [row for row in map(json.loads, open(out / name)) if row["step"] <= start]
+    for name in kept if start and main else ():
+        whole = [json.loads(text) for text in open(out / name) if text.endswith("\n")]  # a killed run may tear the last
+        kept[name] = [row for row in whole if row["step"] <= start]
     history, board = kept["metrics.jsonl"], None
     if main:
         out.mkdir(parents=True, exist_ok=True)

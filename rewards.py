@@ -21,7 +21,7 @@ OPERATORS = {
 
 
 def last_answer(text: str) -> str | None:
-    """What stands between the last </answer> and the <answer> before it, newlines allowed; None without. Linear time."""
+    """What is between the last </answer> and the <answer> before it, newlines allowed; None without. Linear time."""
     end = text.rfind("</answer>")
     start = text.rfind("<answer>", 0, max(end, 0))
     return None if start < 0 else text[start + len("<answer>") : end]
@@ -88,7 +88,7 @@ def score(texts: list[str], rows: list[dict], finished: list[bool] | None = None
         raise ValueError(f"{len(texts)} texts for {len(rows)} rows: give one row for each text")
     results = [REWARDS[row["task"]](text, row) for text, row in zip(texts, rows)]
     for result, done in zip(results, finished or [True] * len(results)):
-        if not done:
+        if not done and result["status"] != "infra":
             result.update(reward=0.0, correct=0.0, status="no_answer")
     return results
 

@@ -105,7 +105,7 @@ class VLLMSampler:
         torchrun = dist.is_initialized()
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine core lives in this process
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-        keep = {name: os.environ.get(name) for name in ("LOCAL_WORLD_SIZE",)}  # vLLM on CPU overwrites it
+        local_world = os.environ.get("LOCAL_WORLD_SIZE")  # vLLM on CPU overwrites it
         if not cuda:
             _prepare_cpu()
         from vllm import LLM
@@ -128,7 +128,8 @@ class VLLMSampler:
             use_tqdm_on_load=False,
             **special,
         )
-        os.environ.update({name: value for name, value in keep.items() if value is not None})
+        if local_world is not None:
+            os.environ["LOCAL_WORLD_SIZE"] = local_world
         self.eos_ids, self.max_len, self.awake = eos_ids, max_len, True
         self.rank, self.group = 0, None
         if tp > 1:
@@ -231,6 +232,7 @@ class TorchSampler:
         self, prompts: list[list[int]], n: int, max_new_tokens: int, temperature: float, seed: int, progress=False
     ) -> list[Sample]:
         """As VLLMSampler.sample, with other random numbers for the same seeds."""
+        self.wake()
         jobs = [(ids, seed + i * n + j) for i, ids in enumerate(prompts) for j in range(n)]
         chunks = [jobs[s : s + self.max_seqs] for s in range(0, len(jobs), self.max_seqs)]
         if progress:

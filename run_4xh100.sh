@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The reference run on one node of 4 H100s, 80 GB each: PPO with a critic, full fine-tuning, vLLM in the trainers' processes.
+# The reference run on one node of 4 H100s, 80 GB each: PPO with a critic, full fine-tuning, vLLM in the same processes.
 # A first version: it has the sizes and rates of the run it reproduces, on Countdown, the one task there is so far.
 # Nothing in it has been measured on GPUs yet.
 #

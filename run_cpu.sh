@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The whole project on a laptop: a model of 0.5M parameters learns to search on Countdown, with the real engine (vLLM),
-# the real sharding (FSDP2, two processes) and the real loop. No GPU, no download but Python packages.
+# The whole project on a laptop (Linux): a model of 0.5M parameters learns to search on Countdown, with the real engine
+# (vLLM), the real sharding (FSDP2, two processes) and the real loop. No GPU, no download but Python packages.
 # It ends with before/after accuracy on held-out problems and the path of the learning curve.
 #
 #   bash run_cpu.sh                     # seed 0; sets up .venv first when there is none
@@ -27,7 +27,8 @@ fi
 
 SEED=${SEED:-0}
 OUT=${OUT:-runs/cpu-seed$SEED}
-NPROC=$(($(nproc 2>/dev/null || sysctl -n hw.ncpu) > 1 ? 2 : 1))
+[ -e "$OUT" ] && { echo "$OUT exists: remove it, or say SEED=... or OUT=..."; exit 1; }
+NPROC=$(($(nproc) > 1 ? 2 : 1))
 export PATH="$PWD/.venv/bin:$PATH"
 export OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE # spinning threads would make it ten times slower on busy cores
 export HF_HUB_OFFLINE=1 VLLM_LOGGING_LEVEL=ERROR TORCH_CPP_LOG_LEVEL=ERROR PYTHONWARNINGS=ignore

@@ -9,6 +9,9 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 run = Path(sys.argv[1])
+if not (run / "metrics.jsonl").exists():
+    print("no steps, no curve")
+    sys.exit()
 rows = [json.loads(line) for line in open(run / "metrics.jsonl")]
 steps = [row for row in rows if "reward/mean" in row]
 evals = [row for row in rows if "eval/correct" in row]

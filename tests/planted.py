@@ -53,7 +53,7 @@ BUGS = [
         "list(kernels.full_weights(policy, args.compute_dtype))", TRAIN),
     Bug("denominator-3x", "ppo.py", "scale = ranks.world /", "scale = 3 * ranks.world /", TRAIN),
     Bug("no-times-world", "ppo.py", "scale = ranks.world /", "scale = 1 /", TRAIN),
-    Bug("critic-never-updated", "ppo.py", "args.critic_lr * warm, args, step", "0.0 * warm, args, step", TRAIN),
+    Bug("critic-never-updated", "ppo.py", 'trained["critic"], critic_lr', 'trained["critic"], 0.0', TRAIN),
     Bug("old-logprobs-recomputed", "ppo.py", "old = logprobs.detach() if on_policy else old_logprobs.view(-1)[p.index]",
         "old = logprobs.detach()", TRAIN),
     Bug("resume-forgets-kl-coef", "ppo.py", 'return state["step"], state["kl_coef"]',

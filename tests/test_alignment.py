@@ -16,7 +16,7 @@ SHAPES = [(3, 4), (7, 1), (1, 6), (5, 2), (12, 9)]  # (prompt, response) lengths
 
 @pytest.fixture(scope="module", autouse=True)
 def attention():
-    kernels.setup("qwen2", liger=False, progress=False)
+    kernels.setup("qwen2", liger=False, progress=False, bf16=False)
 
 
 @pytest.fixture(scope="module")

@@ -49,8 +49,10 @@ def test_an_unknown_flag_names_the_nearest(capsys):
         ({"kl_coef": 0.1, "kl_in": "loss"}, 1, ["k1", "k2 or k3"]),
         ({"eval_temperature": 0.0, "eval_samples": 4}, 1, ["eval_samples"]),
         ({"seed": 10**7}, 1, ["seed=10000000"]),
+        ({"kl_target": 0.1}, 1, ["kl_coef above 0"]),
+        ({"eval_rows": 0}, 1, ["eval_rows=0", "above 0"]),
         ({"out": str(ROOT / "tests")}, 1, ["exists", "--resume"]),
-        ({"resume": True}, 1, ["no checkpoint"]),
+        ({"resume": True}, 1, ["no checkpoint", "without --resume"]),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
@@ -80,7 +82,7 @@ def test_dry_run(tiny, tmp_path):
                "--kl_coef", "0.1", "--out", tmp_path / "run")  # fmt: skip
     assert said.returncode == 0, said.stderr[-2000:]
     assert "plan: 4 prompts x 1 = 4 samples a step" in said.stdout and "one batch: reward" in said.stdout
-    assert "response" in said.stdout and not (tmp_path / "run" / "checkpoints").exists()
+    assert "response" in said.stdout and not (tmp_path / "run").exists()  # nothing in the way of the real run
 
 
 def test_checkpoints_are_ordinary_folders(tiny, tmp_path):

@@ -75,7 +75,7 @@ def test_nothing_as_large_as_the_logits_is_kept():
 
 def test_the_head_stays_tied_and_is_a_linear_layer_without_targets(tiny, tiny_untied):
     """Guards a head that loses its tie to the embedding (its gradient too), or an untied one that gets tied."""
-    kernels.setup("qwen2", liger=False, progress=False)
+    kernels.setup("qwen2", liger=False, progress=False, bf16=False)
     accelerator = kernels.start_ranks(bf16=False, sp=1)[0]
     for folder, tied in ((tiny, True), (tiny_untied, False)):
         policy = kernels.load_policy(folder, accelerator, checkpointing=False)
@@ -160,7 +160,7 @@ KV_HEADS = [2, 3, 1]  # for 6 heads on two ranks: one each, not to be shared out
 
 def packed_passes(kv_heads: int, rank: int, sp: int, group) -> list[torch.Tensor]:
     """Log-probs, entropy and values of a batch as (B, T), and all gradients of both models, each summed over ranks."""
-    kernels.setup("qwen2", liger=False, progress=False)
+    kernels.setup("qwen2", liger=False, progress=False, bf16=False)
     torch.manual_seed(kv_heads)
     config = Qwen2Config(
         vocab_size=50, hidden_size=48, intermediate_size=64, num_hidden_layers=2, num_attention_heads=6,

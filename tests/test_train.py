@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from planted import Bug, plant
 
 ROOT = Path(__file__).resolve().parent.parent
 TOY = ["tests/toy.py"]
@@ -142,6 +143,34 @@ def test_ranks_and_budgets_do_not_matter(tmp_path, toy_model):
         for row, expected in zip(metrics(tmp_path / name), reference, strict=True):
             for key in [*keys, "reward/mean", "critic/explained_var"] if "policy/loss" in expected else ["eval/correct"]:
                 assert row[key] == pytest.approx(expected[key], rel=1e-4, abs=1e-6), (name, key)
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run(tmp_path, toy_model):
+    """Guards the weights: nothing is stepped or saved, and the batch is kept for a look."""
+    nan = Bug("nan", "ppo.py", "gae(token_rewards, old_values,", "gae(token_rewards * float('nan'), old_values,", ())
+    plant(nan, tmp_path)
+    run = start([tmp_path / TOY[0]], tmp_path / "run", "--model", toy_model, "--steps", 2)
+    said, _ = run.communicate(timeout=100)
+    assert run.returncode != 0 and "FloatingPointError: " in said and "gradient norm nan; not updated" in said
+    assert torch.load(tmp_path / "run" / "bad_batch_step1_rank0.pt")["mask"].any()
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_bf16_exports_whole_weights(tmp_path, toy_model):
+    """Guards the export from FSDP2, which keeps the head gathered and rounded to bf16 after a forward alone; and the
+    precision policy: bf16 only computes, weights stay fp32. Also: a resume that has nothing left to do says so."""
+    import safetensors.torch
+
+    flags = ["--model", toy_model, "--steps", 1, "--prompts_per_step", 32, "--minibatch_size", 16, "--dtype", "bf16"]
+    finish(start([*TWO, "29613", *TOY], tmp_path / "run", *flags))
+    saved = safetensors.torch.load_file(tmp_path / "run" / "checkpoints" / "step_1" / "policy" / "model.safetensors")
+    assert all(tensor.dtype == torch.float32 for tensor in saved.values())
+    rounded = [name for name, tensor in saved.items() if tensor.equal(tensor.bfloat16().float())]
+    assert not rounded, rounded
+    assert 0 < metrics(tmp_path / "run")[0]["mismatch/logp_abs_mean"] < 0.05
+    again = start(TOY, tmp_path / "run", *flags, "--resume")
+    said, _ = again.communicate(timeout=100)
+    assert again.returncode != 0 and "ask for more" in said
 
 
 def test_a_critic_of_its_own(tmp_path, toy_model):
