@@ -203,7 +203,7 @@ def check(args: Args, world: int) -> transformers.PretrainedConfig:
     return configs[0]
 
 
-# -------------------------------------------------------------------------------------------------------------- models
+# ------------------------------------------------------------------------------------------------------- micro-batches
 
 
 def microbatches(batch: rollout.Rollout, rows: list[int], args: Args, ranks: kernels.Ranks) -> list[kernels.Packed]:
@@ -211,10 +211,6 @@ def microbatches(batch: rollout.Rollout, rows: list[int], args: Args, ranks: ker
     fed = [batch.lengths[b] - 1 for b in rows]
     mine = data.plan_microbatches(fed, args.max_tokens_per_microbatch * ranks.sp, ranks.rows)[ranks.row]
     return [kernels.pack(*batch[:2], batch.lengths, [rows[i] for i in bin], ranks.sp_rank, ranks.sp) for bin in mine]
-
-
-def warmed(lr: float, update: int, warmup: int) -> float:
-    return lr * min(1.0, max(0, update) / max(1, warmup))  # update 1, 2, ...; before the first the rate is 0
 
 
 # --------------------------------------------------------------------------------------------- the math: pure functions
@@ -231,6 +227,11 @@ def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, kind: str) -> Tensor:
     if kind == "k3":
         return torch.exp(-log_ratio) - 1 + log_ratio
     raise ValueError(f"kl estimator {kind!r}: use k1, k2 or k3")
+
+
+def warmed(lr: float, update: int, warmup: int) -> float:
+    """Learning rate of update 1, 2, ... with a linear warm-up; 0 before the first."""
+    return lr * min(1.0, max(0, update) / max(1, warmup))
 
 
 def adapt_kl_coef(kl_coef: float, kl: float, target: float, samples: int, horizon: int) -> float:
