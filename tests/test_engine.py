@@ -12,54 +12,71 @@ from transformers import AutoModelForCausalLM
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def answers(model: str, engine: str, temperature: float, ranks: int = 1, tp: int = 1) -> dict:
+WAYS = {  # name -> engine, temperature, ranks, tp
+    "vllm greedy": ("vllm", 0.0, 1, 1),
+    "torch greedy": ("torch", 0.0, 1, 1),
+    "vllm drawn": ("vllm", 0.7, 1, 1),
+    "torch drawn": ("torch", 0.7, 1, 1),
+    "two ranks, one engine": ("vllm", 0.0, 2, 2),
+    "two ranks, two engines": ("vllm", 0.7, 2, 1),
+}
+
+
+def ask(model: str, engine: str, temperature: float, ranks: int, tp: int) -> subprocess.Popen:
     launch = ["-m", "torch.distributed.run", "--nproc_per_node", str(ranks), "--master_port", "29621"]
-    launch = launch if ranks > 1 else []
-    command = [sys.executable, *launch, "tests/sample.py", model, engine, str(tp), str(temperature)]
-    said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
-    assert said.returncode == 0, said.stderr[-3000:]
-    return json.loads(next(line for line in said.stdout.splitlines() if line.startswith('{"prompts"')))
+    command = [sys.executable, *(launch if ranks > 1 else []), "tests/sample.py", model, engine, tp, temperature]
+    return subprocess.Popen(map(str, command), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.fixture(scope="module")
+def answers(tiny) -> dict[str, dict]:
+    """What every way of asking answered; two processes at a time."""
+    found = {}
+    for names in (list(WAYS)[:2], list(WAYS)[2:4], list(WAYS)[4:5], list(WAYS)[5:]):
+        for name, process in [(name, ask(tiny, *WAYS[name])) for name in names]:
+            out, errors = process.communicate(timeout=200)
+            assert process.returncode == 0, errors[-3000:]
+            found[name] = json.loads(next(line for line in out.splitlines() if line.startswith('{"prompts"')))
+    return found
+
+
+def ids(drawn: dict) -> list[list[int]]:
+    return [sample[0] for sample in drawn["samples"]]
 
 
 def check_logprobs(model: str, drawn: dict, temperature: float) -> None:
     """Each sample's log-probs are the model's own, in plain transformers; it ends with EOS if and only if finished."""
     reference = AutoModelForCausalLM.from_pretrained(model)
-    for i, (ids, logprobs, finished) in enumerate(drawn["samples"]):
+    for i, (response, logprobs, finished) in enumerate(drawn["samples"]):
         prompt = drawn["prompts"][i]
         with torch.no_grad():
-            logits = reference(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1] / (temperature or 1)
-        expected = torch.log_softmax(logits, -1).gather(1, torch.tensor(ids)[:, None])[:, 0]
+            logits = reference(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1] / (temperature or 1)
+        expected = torch.log_softmax(logits, -1).gather(1, torch.tensor(response)[:, None])[:, 0]
         assert torch.allclose(torch.tensor(logprobs), expected, atol=1e-4)
-        assert finished == (ids[-1] == reference.config.eos_token_id)
-        assert reference.config.eos_token_id not in ids[:-1]
-        assert finished or len(ids) == 40
+        assert finished == (response[-1] == reference.config.eos_token_id)
+        assert reference.config.eos_token_id not in response[:-1]
+        assert finished or len(response) == 40
 
 
-@pytest.fixture(scope="module")
-def greedy(tiny) -> dict:
-    return answers(tiny, "vllm", 0.0)
-
-
-def test_vllm_and_torch_agree_when_greedy(tiny, greedy):
+def test_vllm_and_torch_agree_when_greedy(tiny, answers):
     """Guards the KV cache, left padding and positions of TorchSampler, and the whole way into vLLM."""
-    check_logprobs(tiny, greedy, 0.0)
-    other = answers(tiny, "torch", 0.0)
-    assert [s[0] for s in other["samples"]] == [s[0] for s in greedy["samples"]]
-    check_logprobs(tiny, other, 0.0)
+    check_logprobs(tiny, answers["vllm greedy"], 0.0)
+    check_logprobs(tiny, answers["torch greedy"], 0.0)
+    assert ids(answers["torch greedy"]) == ids(answers["vllm greedy"])
 
 
-def test_tensor_parallel_answers_are_the_same(tiny, greedy):
+def test_tensor_parallel_answers_are_the_same(answers):
     """Guards --tp: one engine over two ranks, each of which asks about its own prompts."""
-    assert [s[0] for s in answers(tiny, "vllm", 0.0, ranks=2, tp=2)["samples"]] == [s[0] for s in greedy["samples"]]
+    assert ids(answers["two ranks, one engine"]) == ids(answers["vllm greedy"])
 
 
-def test_sampling_depends_on_the_seed_alone(tiny):
+def test_sampling_depends_on_the_seed_alone(tiny, answers):
     """Guards seeds: the two samples of a prompt differ, and two ranks with an engine each draw what one rank draws."""
-    one = answers(tiny, "vllm", 0.7)
-    check_logprobs(tiny, one, 0.7)
-    assert all(a[0] != b[0] for a, b in zip(one["samples"][::2], one["samples"][1::2]))
-    assert [s[0] for s in answers(tiny, "vllm", 0.7, ranks=2)["samples"]] == [s[0] for s in one["samples"]]
-    check_logprobs(tiny, answers(tiny, "torch", 0.7), 0.7)
+    check_logprobs(tiny, answers["vllm drawn"], 0.7)
+    check_logprobs(tiny, answers["torch drawn"], 0.7)
+    drawn = ids(answers["vllm drawn"])
+    assert all(a != b for a, b in zip(drawn[::2], drawn[1::2]))
+    assert ids(answers["two ranks, two engines"]) == drawn
 
 
 STALE = Bug("one-weight-not-synced", "kernels.py", "for name, p in model.named_parameters():",
@@ -67,13 +84,18 @@ STALE = Bug("one-weight-not-synced", "kernels.py", "for name, p in model.named_p
 COLD = Bug("engine-at-temperature-1", "rollout.py", "temperature=temperature, max_tok", "temperature=1.0, max_tok", ())
 
 
-@pytest.mark.parametrize("bug", [STALE, COLD], ids=lambda bug: bug.name)
-def test_the_canary_stops_a_wrong_engine(tmp_path, tiny, bug):
+def test_the_canary_stops_a_wrong_engine(tmp_path, tiny):
     """Guards the guard: with a weight that never reaches vLLM, or another temperature there, the run stops itself."""
-    plant(bug, tmp_path)
     flags = ["--model", tiny, "--out", "run", "--task", "countdown3", "--steps", "9", "--prompts_per_step", "4",
              "--max_prompt_tokens", "64", "--max_new_tokens", "16", "--max_tokens_per_microbatch", "400",
              "--lr", "1e-2", "--temperature", "0.7", "--entropy_coef", "0.1"]  # fmt: skip
-    said = subprocess.run([sys.executable, "ppo.py", *flags], cwd=tmp_path, capture_output=True, text=True, timeout=200)
-    assert said.returncode != 0
-    assert "canary" in said.stderr and "stale or wrong weights" in said.stderr
+    running = []
+    for bug in (STALE, COLD):
+        folder = tmp_path / bug.name
+        folder.mkdir()
+        plant(bug, folder)
+        command = [sys.executable, "ppo.py", *flags]
+        running.append(subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+    for run in running:
+        _, errors = run.communicate(timeout=200)
+        assert run.returncode != 0 and "canary" in errors and "stale or wrong weights" in errors
