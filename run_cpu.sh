@@ -52,5 +52,5 @@ FLAGS=(
   --no_gradient_checkpointing     # memory is not short here
   --eval_every 10 --eval_rows 512 # held-out problems, sampled at temperature 1
 )
-torchrun --nproc_per_node "$NPROC" ppo.py "${FLAGS[@]}" "$@"
+torchrun --standalone --nproc_per_node "$NPROC" ppo.py "${FLAGS[@]}" "$@"
 python tests/curve.py "$OUT"

@@ -58,6 +58,8 @@ BUGS = [
         "old = logprobs.detach()", TRAIN),
     Bug("resume-forgets-kl-coef", "ppo.py", 'return state["step"], state["kl_coef"]',
         'return state["step"], 0.1', TRAIN),
+    Bug("export-of-a-rounded-head", "kernels.py", "            module.reshard()", "            pass", TRAIN),
+    Bug("nan-goes-through", "kernels.py", "if not torch.isfinite(norm):", "if False:", TRAIN),
     # alignment
     Bug("eos-missing-from-mask", "rollout.py", "[True] * len(s.ids) + [False] * f",
         "[True] * (len(s.ids) - s.finished) + [False] * (f + s.finished)", ALIGNMENT),
