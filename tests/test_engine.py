@@ -23,7 +23,7 @@ WAYS = {  # name -> engine, temperature, ranks, tp
 
 
 def ask(model: str, engine: str, temperature: float, ranks: int, tp: int) -> subprocess.Popen:
-    launch = ["-m", "torch.distributed.run", "--nproc_per_node", str(ranks), "--master_port", "29621"]
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
     command = [sys.executable, *(launch if ranks > 1 else []), "tests/sample.py", model, engine, tp, temperature]
     return subprocess.Popen(map(str, command), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 

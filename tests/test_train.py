@@ -17,7 +17,7 @@ from planted import Bug, plant
 
 ROOT = Path(__file__).resolve().parent.parent
 TOY = ["tests/toy.py"]
-TWO = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port"]
+TWO = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 
 
 def start(script: list[str], *flags) -> subprocess.Popen:
@@ -131,8 +131,8 @@ def test_ranks_and_budgets_do_not_matter(tmp_path, toy_model):
         "one": (TOY, ["--max_tokens_per_microbatch", 64]),
         "half": (TOY, ["--max_tokens_per_microbatch", 32]),
         "double": (TOY, ["--max_tokens_per_microbatch", 128]),
-        "two": ([*TWO, "29611", *TOY], ["--max_tokens_per_microbatch", 64, "--gradient_checkpointing"]),
-        "sp": ([*TWO, "29612", *TOY], ["--max_tokens_per_microbatch", 32, "--sp", 2]),
+        "two": ([*TWO, *TOY], ["--max_tokens_per_microbatch", 64, "--gradient_checkpointing"]),
+        "sp": ([*TWO, *TOY], ["--max_tokens_per_microbatch", 32, "--sp", 2]),
     }
     for names in (["one", "half"], ["double"], ["two"], ["sp"]):  # two processes at a time
         running = [start(ways[name][0], tmp_path / name, *flags, *ways[name][1]) for name in names]
@@ -165,7 +165,7 @@ def test_bf16_exports_whole_weights(tmp_path, toy_model):
     import safetensors.torch
 
     flags = ["--model", toy_model, "--steps", 1, "--prompts_per_step", 32, "--minibatch_size", 16, "--dtype", "bf16"]
-    finish(start([*TWO, "29613", *TOY], tmp_path / "run", *flags))
+    finish(start([*TWO, *TOY], tmp_path / "run", *flags))
     saved = safetensors.torch.load_file(tmp_path / "run" / "checkpoints" / "step_1" / "policy" / "model.safetensors")
     assert all(tensor.dtype == torch.float32 for tensor in saved.values())
     rounded = [name for name, tensor in saved.items() if tensor.equal(tensor.bfloat16().float())]
