@@ -132,14 +132,19 @@ def optimizer_step(model: nn.Module, optimizer, lr: float, max_norm: float, batc
 
 def save_sharded(path, trained: dict[str, tuple[nn.Module, torch.optim.Optimizer]]) -> None:
     """Every rank writes its own shards of models and optimizers."""
-    dcp.save({name: get_state_dict(*pair) for name, pair in trained.items()}, checkpoint_id=path)
+    dcp.save(_states(trained), checkpoint_id=path)
 
 
 def load_sharded(path, trained: dict[str, tuple[nn.Module, torch.optim.Optimizer]]) -> None:
-    states = {name: get_state_dict(*pair) for name, pair in trained.items()}
+    states = _states(trained)
     dcp.load(states, checkpoint_id=path)
     for name, pair in trained.items():
-        set_state_dict(*pair, model_state_dict=states[name][0], optim_state_dict=states[name][1])
+        set_state_dict(*pair, model_state_dict=states[name]["model"], optim_state_dict=states[name]["optimizer"])
+
+
+def _states(trained: dict) -> dict[str, dict[str, dict]]:
+    """Dictionaries all the way down: DCP pickles a tuple as one object, rank 0's, and all ranks would load its shards."""
+    return {name: dict(zip(("model", "optimizer"), get_state_dict(*pair))) for name, pair in trained.items()}
 
 
 def share(items: list, ranks: Ranks) -> list:
