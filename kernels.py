@@ -143,7 +143,7 @@ def load_sharded(path, trained: dict[str, tuple[nn.Module, torch.optim.Optimizer
 
 
 def _states(trained: dict) -> dict[str, dict[str, dict]]:
-    """Dictionaries all the way down: DCP pickles a tuple as one object, rank 0's, and all ranks would load its shards."""
+    """Dictionaries all the way down: DCP pickles a tuple as one object, rank 0's, and all ranks would load that."""
     return {name: dict(zip(("model", "optimizer"), get_state_dict(*pair))) for name, pair in trained.items()}
 
 
