@@ -186,12 +186,12 @@ class Meter:
 
 @contextmanager
 def timed(times: dict[str, float], phase: str):
-    """times["time/<phase>"] = seconds of the block. Waits for the GPU, so that the blame falls on the right phase."""
+    """Adds the block's seconds to times["time/<phase>"]. Waits for the GPU: the blame falls on the right phase."""
     start = time.perf_counter()
     yield
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    times[f"time/{phase}"] = time.perf_counter() - start
+    times[f"time/{phase}"] = times.get(f"time/{phase}", 0.0) + time.perf_counter() - start
 
 
 # ------------------------------------------------------------------------------------------------------- packed rows

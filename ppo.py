@@ -5,7 +5,7 @@
 
 One step, in the order of `train`; the same names stand in the log, in the metrics and in the README:
     1. sample     the engine answers a fresh batch of prompts
-    2. reward     text -> number
+    2. reward     text -> number, in other processes while phase 3 runs
     3. forward    log-probs under policy and reference, values under the critic
     4. advantage  per-token rewards, GAE, whitening
     5. update     PPO on the policy, regression on the critic
@@ -32,6 +32,7 @@ import math
 import os
 import random
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, make_dataclass
 from pathlib import Path
 from time import perf_counter
@@ -131,7 +132,7 @@ class PPO:
 
 
 @dataclass
-class Args(PPO, Sampling, Model, Run):
+class Args(rewards.Rules, PPO, Sampling, Model, Run):
     """Every knob, flat. Sizes are global; derived sizes are properties, printed, never accepted."""
 
     @property
@@ -302,7 +303,8 @@ def train(args: Args) -> list[dict]:
     eval_rows = data.load(args.task, "test", args.seed, args.template, args.eval_rows)
     for row in train_rows + eval_rows:  # now, so that a prompt over the limit stops the run before it costs anything
         row["ids"] = data.encode(row, tokenizer, args.max_prompt_tokens)
-    made = kernels.setup(config.model_type, args.liger, bar, args.compute_dtype == torch.bfloat16)
+    made = rewards.start({row["task"] for row in train_rows + eval_rows}, args)
+    made |= kernels.setup(config.model_type, args.liger, bar, args.compute_dtype == torch.bfloat16)
     # the engine first, then asleep: it measures the free memory that the models take afterwards
     options = {"max_len": args.max_prompt_tokens + args.max_new_tokens, "max_seqs": args.max_seqs, "tp": args.tp}
     options |= {"dtype": str(args.compute_dtype)[6:], "gpu_memory": args.gpu_memory, "seed": args.seed}
@@ -327,12 +329,13 @@ def train(args: Args) -> list[dict]:
         seed = rollout.stream(args.seed, step, purpose) + ranks.rank * len(prompts) // ranks.world * n
         return sampler.sample(kernels.share(prompts, ranks), n, limit, temperature, seed, bar)
 
-    def judge(rows: list[dict], n: int, samples: list[rollout.Sample]) -> list[tuple[rollout.Sample, str, dict]]:
-        """(sample, text, result) of all ranks' samples, n for each row, in the order of `rows`."""
+    def judge(rows: list[dict], n: int, samples: list[rollout.Sample]) -> tuple[list, list[str], Callable[[], list]]:
+        """All ranks' samples and texts, n for each row, and a function that waits for their results."""
         texts = [tokenizer.decode(s.ids, skip_special_tokens=True) for s in samples]
         rows = [row for row in kernels.share(rows, ranks) for _ in range(n)]
-        scored = rewards.score(texts, rows, [s.finished for s in samples])
-        return kernels.gather(list(zip(samples, texts, scored)), ranks)
+        pending = rewards.submit(texts, rows, [s.finished for s in samples], rules=args)
+        samples, texts = zip(*kernels.gather(list(zip(samples, texts)), ranks))
+        return samples, texts, lambda: kernels.gather([future.result() for future in pending], ranks)
 
     def forward(model: nn.Module, batch: rollout.Rollout) -> Tensor:
         """The critic's values, or another model's log-probs, of a whole batch: (B, T) on every rank, no gradient."""
@@ -363,11 +366,10 @@ def train(args: Args) -> list[dict]:
         """Held-out rows, k = eval_samples answers each, with the same random numbers every time."""
         prompts = [row["ids"] for row in eval_rows]
         samples = ask(prompts, args.eval_samples, args.max_new_tokens, args.eval_temperature, 0, purpose=1)
-        judged = judge(eval_rows, args.eval_samples, samples)
-        correct = torch.tensor([result["correct"] for _, _, result in judged]).view(len(eval_rows), -1)
-        length = sum(len(sample.ids) for sample, _, _ in judged) / len(judged)
+        samples, _, results = judge(eval_rows, args.eval_samples, samples)
+        correct = torch.tensor([result["correct"] for result in results()]).view(len(eval_rows), -1)
         row = {"eval/correct": correct.mean().item(), "eval/pass_at_k": correct.amax(1).mean().item()}
-        return row | {"eval/length_mean": length}
+        return row | {"eval/length_mean": sum(len(sample.ids) for sample in samples) / len(samples)}
 
     canary = hand_over(start)
     say(f"ready after {perf_counter() - begun:.0f} s; engine and trainer agree within {canary:.1e} nats a token")
@@ -386,13 +388,24 @@ def train(args: Args) -> list[dict]:
             samples = ask(prompts, args.samples_per_prompt, args.max_new_tokens, args.temperature, step, purpose=0)
             sampler.sleep()
 
-        # ---- 2. reward: text -> number; from here on every rank has the whole batch
+        # ---- 2. reward: text -> number, in other processes while phase 3 runs; every rank gets the whole batch
         with kernels.timed(times, "reward"):
-            samples, texts, scored = zip(*judge(rows, args.samples_per_prompt, samples))
+            samples, texts, results = judge(rows, args.samples_per_prompt, samples)
             rows, prompts = ([x for x in xs for _ in range(args.samples_per_prompt)] for xs in (rows, prompts))
-            scores = torch.tensor([result["reward"] for result in scored], device=device)  # (B,)
-            sound = torch.tensor([result["status"] != "infra" for result in scored], device=device)  # (B,)
             batch = rollout.collate(prompts, samples, device)
+
+        # ---- 3. forward: log-probs under policy and reference, values under the critic; no grad
+        train_policy = step >= args.critic_warmup
+        # with one update a step the old log-probs are that update's own, detached: no pass for them
+        on_policy = train_policy and args.updates_per_step == 1 and not (args.kl_coef and args.kl_in == "reward")
+        with kernels.timed(times, "forward"):
+            old_values = forward(critic, batch)
+            old_logprobs = None if on_policy else forward(policy, batch)
+            ref_logprobs = forward(ref, batch) if ref else None
+        with kernels.timed(times, "reward"):  # what is left to wait for
+            scored = results()
+            scores = torch.tensor([result["reward"] for result in scored], device=device)  # (B,), as `sound`
+            sound = torch.tensor([result["status"] != "infra" for result in scored], device=device)
             assert sound.any(), f"step {step}: every reward failed on our side (infra), for example {scored[0]}"
             mask = batch.mask & sound[:, None]  # a sample that our own machine failed on teaches nothing
             batch = batch._replace(mask=mask)
@@ -403,15 +416,6 @@ def train(args: Args) -> list[dict]:
         if args.steps == 0:
             say(f"one batch: reward {scores.mean():.3f}\n" + rollout.show(shown[:2]))
             break
-
-        # ---- 3. forward: log-probs under policy and reference, values under the critic; no grad
-        train_policy = step >= args.critic_warmup
-        # with one update a step the old log-probs are that update's own, detached: no pass for them
-        on_policy = train_policy and args.updates_per_step == 1 and not (args.kl_coef and args.kl_in == "reward")
-        with kernels.timed(times, "forward"):
-            old_values = forward(critic, batch)
-            old_logprobs = None if on_policy else forward(policy, batch)
-            ref_logprobs = forward(ref, batch) if ref else None
 
         # ---- 4. advantage: score on the last response token, KL penalty on every one; GAE
         with kernels.timed(times, "advantage"):
@@ -551,7 +555,7 @@ def open_run_folder(out: Path, args: Args, start: int, main: bool):
         (out / "config.json").write_text(json.dumps(asdict(args), indent=1))
         for name, rows in kept.items():
             (out / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
-        for name in ("ppo", "rollout", "rewards", "data", "kernels"):
+        for name in ("ppo", "rollout", "rewards", "data", "kernels", "sandbox", "equality"):
             shutil.copy(Path(__file__).parent / f"{name}.py", out)
         if args.wandb:
             import wandb

@@ -1,15 +1,69 @@
-"""How good is this text for this row? One pure function per task, and `score` over a batch.
+"""How good is this text for this row? One function per task, and `score` over a batch.
 
-Owns: finding the answer in a response, judging it, and saying why (`status`).
+Owns: finding the answer in a response, judging it, and saying why (`status`): countdown, math, code.
 Refuses to know: tokens, models, torch, where the row came from.
-Left out on purpose: `eval` and every other way to run model text. Rewards are the part of RL that gets attacked;
-an answer is parsed into a tree, the tree is checked against a whitelist, and only then is it computed.
+Left out on purpose: `eval` and every other way to run model text in this process. Rewards are the part of RL that gets
+attacked. What a few lines can decide exactly is decided here; sympy and programs run in sandbox.py, in a process that
+never saw the expected output of a program, that returns bytes, and that is killed when its time is up.
 
 The contract with data.py is the row: {"task", "prompt", "answer", "id", ...}. A response is hostile text, a row is
-ours: bad text never raises, and a bad row always does (KeyError) instead of scoring 0 for ever.
+ours: bad text never raises, and a bad row always does (KeyError, ValueError) instead of scoring 0 for ever.
+A new reward is one function (text, row) -> {"reward", "correct", "status", ...} and one entry in REWARDS.
 """
 import ast
+import atexit
+import itertools
+import json
+import os
+import queue
+import re
+import select
+import signal
+import struct
+import subprocess
+import sys
+import sysconfig
+import textwrap
+import threading
+import time
+from concurrent.futures import Future
+from dataclasses import dataclass
 from fractions import Fraction
+from functools import cache
+from math import isfinite
+from pathlib import Path
+from typing import Literal
+
+STATUSES = ("ok", "wrong", "timeout", "memory", "crash", "output", "no_answer", "infra")
+
+
+@dataclass
+class Rules:
+    """What counts as an answer, and what a program may cost."""
+
+    code_reward: Literal["all", "fraction"] = "all"  # all: 1 when every test passes; fraction: the part that passes
+    test_seconds: float = 4.0  # CPU time of a program on one test; by the clock twice that and one second more
+    answer_tags: bool = False  # math: <answer>...</answer> counts when there is no \boxed{}
+    lenient: bool = False  # math: then the last number counts; code: then a response without a fence is a program
+    unsafe_code: bool = False  # run model-written programs although the kernel offers too few walls (sandbox.py)
+    reward_workers: int = 0  # processes that judge at the same time; 0: this machine's cores / its ranks
+
+
+class Infra(Exception):
+    """Our machine failed, not the model: the sample is left out of the loss and counted."""
+
+
+def verdict(status: str, reward: float | None = None) -> dict:
+    correct = float(status == "ok")
+    return {"reward": correct if reward is None else reward, "correct": correct, "status": status}
+
+
+def answered(text: str) -> str:
+    """The part after the reasoning."""
+    return text.rpartition("</think>")[2]
+
+
+# ---------------------------------------------------------------------------------------------------------- countdown
 
 MAX_EXPRESSION = 200  # characters; six numbers and a lot of parentheses fit in 60. Bounds the parser's time and depth.
 OPERATORS = {
@@ -66,48 +120,412 @@ def countdown(text: str, row: dict) -> dict:
     numbers, target = sorted(row["answer"]["numbers"]), row["answer"]["target"]
     answer = last_answer(text)
     if answer is None:
-        return {"reward": 0.0, "correct": 0.0, "status": "no_answer", "format": 0.0}
+        return verdict("no_answer") | {"format": 0.0}
     result = evaluate(answer)
     if result is None:
-        return {"reward": 0.0, "correct": 0.0, "status": "wrong", "format": 0.0}
-    if sorted(result[1]) == numbers and result[0] == target:
-        return {"reward": 1.0, "correct": 1.0, "status": "ok", "format": 1.0}
-    return {"reward": 0.1, "correct": 0.0, "status": "wrong", "format": 1.0}
+        return verdict("wrong") | {"format": 0.0}
+    right = sorted(result[1]) == numbers and result[0] == target
+    return verdict("ok" if right else "wrong", 1.0 if right else 0.1) | {"format": 1.0}
 
 
-def score(texts: list[str], rows: list[dict], finished: list[bool] | None = None) -> list[dict]:
-    """One result per text: {"reward": float, "correct": 0.0 or 1.0, "status": str, ...parts that are logged}.
+# --------------------------------------------------------------------------------------------------------------- math
+
+MATH_SECONDS = 2.0  # CPU time of one comparison
+MAX_ANSWER = 4000  # characters that anything but == may see
+
+
+def last_box(text: str) -> tuple[str, str] | None:
+    """What stands in the last complete \\boxed{} or \\fbox{}, and what follows it. Linear, whatever the braces do."""
+    stack, found = [], None
+    for token in re.finditer(r"\\(?:boxed|fbox)\s*\{|\\.|[{}]", text):
+        if token[0] == "}":
+            start = stack.pop() if stack else None
+            found = found if start is None else (start, token.start())
+        elif token[0] == "{" or len(token[0]) > 2:
+            stack.append(None if token[0] == "{" else token.end())
+    return found and (text[found[0] : found[1]], text[found[1] + 1 :])
+
+
+def math(text: str, row: dict) -> dict:
+    """1 when the last \\boxed{} after the reasoning means the same as the row's LaTeX answer (equality.py)."""
+    gold, text, rules = row["answer"], answered(text), CURRENT.rules
+    box = last_box(text)
+    if box is None and (rules.answer_tags or rules.lenient) and (tagged := last_answer(text)) is not None:
+        box = tagged, text.rpartition("</answer>")[2]
+    if box is None and rules.lenient and (numbers := re.findall(r"-?\d[\d,]*(?:\.\d+|/\d+)?", text[-MAX_ANSWER:])):
+        box = numbers[-1], ""
+    if box is None or not box[0].strip():
+        return verdict("no_answer")
+    if len(box[0]) > MAX_ANSWER:
+        return verdict("ok" if box[0].strip() == gold.strip() else "wrong")
+    arguments = [gold, box[0], box[1][:1000]]
+    result, output = run_sandboxed("math", b"from equality import judge", arguments, "judge", MATH_SECONDS)
+    status = result["status"] if result["status"] in ("timeout", "memory") else "wrong"
+    return verdict("ok" if output == b"true" else status)
+
+
+# --------------------------------------------------------------------------------------------------------------- code
+
+PYTHON = {"", "python", "python3", "py", "py3", "python2", "cpython", "pypy", "pypy3", "ipython", "sage", "code"}
+FLOAT_TOLERANCE = 1e-6  # relative, absolute below 1; only where the expected output is written as a decimal
+
+
+def last_block(text: str) -> str | None:
+    """The last fenced block that can be Python (by its name, or without one), also when the fence is not closed."""
+    block: list[str] | None = None
+    fence, found = "", None
+    for line in text.split("\n"):
+        mark = line.strip()
+        if block is None:
+            opening = re.match(r"(`{3,}|~{3,})[ \t]*\{?\.?([\w+#-]*)", mark)
+            if opening and "`" not in mark[opening.end() :]:
+                fence, name, block = opening[1], opening[2].lower(), []
+        elif mark.endswith(fence):
+            block.append(line[: line.rindex(fence)])
+            found, block = block if name in PYTHON else found, None
+        else:
+            block.append(line)
+    if block is not None and name in PYTHON:
+        found = block
+    return None if found is None else textwrap.dedent("\n".join(found))
+
+
+def same_token(given: str, wanted: str) -> bool:
+    if given == wanted:
+        return True
+    try:
+        g, w = float(given), float(wanted)
+    except ValueError:
+        return False
+    if not (given + wanted).isascii() or "_" in given or not (isfinite(g) and isfinite(w)):
+        return False
+    if re.search("[.eE]", wanted):
+        return abs(g - w) <= FLOAT_TOLERANCE * max(1.0, abs(w))
+    return g == w and max(len(given), len(wanted)) < 17  # integers: exactly, and floats are exact so far
+
+
+def same_output(given: bytes, wanted: str) -> bool:
+    """Line by line, token by token; empty lines and spaces do not matter."""
+    lines = [[line.split() for line in text.split("\n")] for text in (given.decode("utf-8", "replace"), wanted)]
+    g, w = ([line for line in side if line] for side in lines)
+    return len(g) == len(w) and all(
+        len(x) == len(y) and all(map(same_token, x, y)) for x, y in zip(g, w)
+    )  # fmt: skip
+
+
+def same_value(given: object, wanted: object) -> bool:
+    """Of JSON: 1 is 1.0 but not true, floats within the tolerance, no NaN."""
+    if isinstance(given, bool) or isinstance(wanted, bool):
+        return given is wanted
+    if isinstance(given, float) or isinstance(wanted, float):
+        try:
+            g, w = float(given), float(wanted)
+        except (TypeError, ValueError, OverflowError):
+            return False
+        numbers = isinstance(given, (int, float)) and isinstance(wanted, (int, float)) and isfinite(g) and isfinite(w)
+        return numbers and abs(g - w) <= FLOAT_TOLERANCE * max(1.0, abs(w))
+    if isinstance(given, list) and isinstance(wanted, list):
+        return len(given) == len(wanted) and all(map(same_value, given, wanted))
+    if isinstance(given, dict) and isinstance(wanted, dict):
+        return given.keys() == wanted.keys() and all(same_value(given[key], wanted[key]) for key in wanted)
+    return type(given) is type(wanted) and given == wanted
+
+
+def from_json(text: str) -> object:
+    return json.loads(text, parse_int=lambda digits: int(digits) if len(digits) < 4000 else digits)
+
+
+def same_result(given: bytes, wanted: object) -> bool:
+    try:
+        return same_value(from_json(given.decode()), wanted)
+    except (ValueError, RecursionError):  # what is no JSON, or no text, or too deep
+        return False
+
+
+def unit_tests(row: dict) -> list[tuple[object, object]]:
+    """(input, expected output) of each test: texts, or for a function its list of arguments and its result."""
+    answer = row["answer"]
+    inputs, outputs = answer["inputs"], answer["outputs"]
+    if not inputs or len(inputs) != len(outputs):
+        raise ValueError(f"row {row.get('id')!r}: {len(inputs)} inputs, {len(outputs)} outputs: give as many, and some")
+    if not answer.get("fn_name"):
+        return list(zip(inputs, outputs))
+    arguments = [[from_json(x) for x in i.split("\n") if x.strip()] if isinstance(i, str) else i for i in inputs]
+    return list(zip(arguments, [from_json(o) if isinstance(o, str) else o for o in outputs]))
+
+
+def code(text: str, row: dict) -> dict:
+    """1 when the last fenced block passes all tests of the row, or with --code_reward fraction the part that passes."""
+    tests, name, text, rules = unit_tests(row), row["answer"].get("fn_name"), answered(text), CURRENT.rules
+    program = last_block(text)
+    if program is None and rules.lenient:
+        program = text
+    if program is None or not program.strip():
+        return verdict("no_answer")
+    passed, status = 0, "ok"
+    source = program.encode("utf-8", "surrogatepass")
+    for given, wanted in tests:
+        size = 2 * len(wanted if isinstance(wanted, str) else json.dumps(wanted)) + (1 << 16)
+        result, output = run_sandboxed("code", source, given, name, rules.test_seconds, size)
+        outcome = result["status"]
+        if outcome == "ok":
+            outcome = "ok" if (same_result if name else same_output)(output, wanted) else "wrong"
+        passed += outcome == "ok"
+        status = outcome if status == "ok" else status
+        if status != "ok" and rules.code_reward == "all":
+            break
+    return verdict(status, passed / len(tests) if rules.code_reward == "fraction" else None)
+
+
+# ----------------------------------------------------------------------------------------- processes that may be killed
+
+SLICE = {"code": 0.03, "math": 0.3}  # seconds; what takes longer starts again, with all its time, behind the others
+MEMORY = 1 << 30  # bytes of address space
+FAILURES = (OSError, EOFError, TimeoutError, ValueError, struct.error)  # of a server that was killed or has gone mad
+THREADS = 128  # responses under way at the same time; most of them wait for a process
+
+
+class Server:
+    """One sandbox.py: jobs in, bytes out, killed with everything it started when it does not answer."""
+
+    def __init__(self, kind: str, unsafe: bool = False, off: tuple[str, ...] = ()) -> None:
+        here = Path(__file__).resolve()
+        command = [sys.executable, "-I", "-S", str(here.with_name("sandbox.py"))]
+        config = {"path": [], "preload": [], "warm_up": "", "off": list(off)}
+        if kind == "math":
+            paths = dict.fromkeys([sysconfig.get_path("purelib"), sysconfig.get_path("platlib"), str(here.parent)])
+            config |= {"path": list(paths), "preload": ["equality"], "warm_up": "import equality; equality.warm_up()"}
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "bufsize": 0}
+        self.process = subprocess.Popen(command, env={}, cwd="/", start_new_session=True, **pipes)
+        try:
+            os.set_blocking(self.process.stdin.fileno(), False)
+            self.send(time.monotonic() + 60, config)
+            self.walls = self.receive(time.monotonic() + 60)[0]
+        except FAILURES:
+            self.kill()
+            raise
+        layers = set(self.walls["layers"])
+        if kind == "math" and self.walls["missing"].keys() & {"equality"}:
+            raise RuntimeError(f"math rewards: {self.walls['missing']}: pip install -r requirements.txt")
+        enough = "seccomp" in layers and layers & {"landlock", "namespaces"}
+        if kind == "code" and not (enough or unsafe):
+            self.kill()
+            raise RuntimeError(
+                f"code rewards: this kernel gives only {sorted(layers)} ({self.walls['missing']}), and model-written "
+                "programs need seccomp and one of landlock, namespaces: use another machine, or --unsafe_code"
+            )
+
+    def kill(self) -> None:
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+        self.process.stdin.close()
+        self.process.stdout.close()
+
+    def wait(self, pipe: int, event: int, deadline: float) -> None:
+        poll = select.poll()  # select() knows no descriptor above 1023
+        poll.register(pipe, event)
+        if not poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
+            raise TimeoutError("the sandbox does not answer")
+
+    def send(self, deadline: float, header: dict, *bodies: bytes) -> None:
+        text, pipe = json.dumps(header).encode(), self.process.stdin.fileno()
+        data = memoryview(struct.pack(">I", len(text)) + text + b"".join(bodies))
+        while data:
+            self.wait(pipe, select.POLLOUT, deadline)
+            data = data[os.write(pipe, data) :]
+
+    def read(self, count: int, deadline: float) -> bytes:
+        data, pipe = bytearray(), self.process.stdout.fileno()
+        while len(data) < count:
+            self.wait(pipe, select.POLLIN, deadline)
+            more = os.read(pipe, count - len(data))
+            if not more:
+                raise EOFError("the sandbox is gone")
+            data += more
+        return bytes(data)
+
+    def receive(self, deadline: float) -> tuple[dict, bytes]:
+        (size,) = struct.unpack(">I", self.read(4, deadline))
+        header = json.loads(self.read(size, deadline))
+        return header, self.read(header.get("output", 0), deadline)
+
+    def run(self, job: dict, program: bytes, given: bytes) -> tuple[dict, bytes]:
+        deadline = time.monotonic() + job["wall"] + 10
+        self.send(deadline, job | {"program": len(program), "input": len(given)}, program, given)
+        return self.receive(deadline)
+
+
+class Pool:
+    """`workers` threads, each with its own servers, take jobs in order of (tried before, arrival); one thread for each
+    response under way waits for its jobs."""
+
+    def __init__(self, workers: int) -> None:
+        self.workers, self.threads, self.closed, self.process = workers, 0, False, os.getpid()
+        self.arrivals = itertools.count()
+        self.jobs: queue.PriorityQueue = queue.PriorityQueue()
+        self.responses: queue.SimpleQueue = queue.SimpleQueue()
+        self.servers: dict[tuple, Server] = {}
+        for number in range(workers):
+            threading.Thread(target=self.work, args=(number,), daemon=True).start()
+        atexit.register(self.close)
+
+    def work(self, number: int) -> None:
+        while True:
+            _, _, kind, unsafe, job, program, given, future = self.jobs.get()
+            name = (number, kind, unsafe)
+            for attempt in range(5):
+                try:
+                    if name not in self.servers:
+                        self.servers[name] = Server(kind, unsafe)
+                    future.set_result((*self.servers[name].run(job, program, given), self.servers[name].walls))
+                    break
+                except FAILURES as error:
+                    if name in self.servers:
+                        self.servers.pop(name).kill()
+                    if attempt == 4 or self.closed:
+                        future.set_exception(Infra(f"{kind}: {error!r}"))
+                        break
+                except RuntimeError as error:  # too few walls, or a package is missing: for people to mend
+                    future.set_exception(error)
+                    break
+
+    def respond(self) -> None:
+        CURRENT.pool = self
+        while True:
+            future, text, row, CURRENT.rules = self.responses.get()
+            try:
+                future.set_result(REWARDS[row["task"]](text, row))
+            except Infra as error:
+                future.set_result(verdict("infra") | {"why": str(error)})
+            except BaseException as error:  # a bad row; it is raised where the result is asked for
+                future.set_exception(error)
+
+    def submit(self, text: str, row: dict, rules: Rules) -> Future:
+        future: Future = Future()
+        self.responses.put((future, text, row, rules))
+        if self.threads < min(THREADS, self.responses.qsize() + self.workers):
+            self.threads += 1
+            threading.Thread(target=self.respond, daemon=True).start()
+        return future
+
+    def close(self) -> None:
+        self.closed = True
+        if self.process == os.getpid():  # not in a fork of it
+            for server in list(self.servers.values()):
+                server.kill()
+
+
+class Current(threading.local):
+    """What the response that this thread judges is judged by."""
+
+    pool: Pool | None = None
+    rules = Rules()
+
+
+CURRENT = Current()
+pool_of = cache(Pool)
+os.register_at_fork(after_in_child=pool_of.cache_clear)  # threads do not survive a fork
+
+
+def default_workers() -> int:
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return max(1, len(os.sched_getaffinity(0)) // ranks)
+
+
+def run_sandboxed(
+    kind: str, program: bytes, given: object, name: str | None, seconds: float, size: int = 1 << 16
+) -> tuple[dict, bytes]:
+    """Runs a program on a text, or its function `name` on a list of arguments. The result's "status" is of sandbox.py:
+    ok, timeout, memory, crash, output; the bytes are what it printed, or the JSON of what the function returned."""
+    pool, unsafe = CURRENT.pool or pool_of(default_workers()), CURRENT.rules.unsafe_code
+    data = json.dumps(given).encode() if name else str(given).encode("utf-8", "surrogatepass")
+    job = {"kind": "call" if name else "stdin", "fn_name": name, "cpu": seconds, "memory": MEMORY, "output": size}
+    for again, wall in enumerate((SLICE[kind], 2 * seconds + 1)):
+        future: Future = Future()
+        pool.jobs.put((again, next(pool.arrivals), kind, unsafe, job | {"wall": wall}, program, data, future))
+        result, output, walls = future.result()
+        if result["status"] != "timeout":
+            break
+    return result | {"walls": walls}, output
+
+
+# -------------------------------------------------------------------------------------------------------------- batches
+
+
+def submit(
+    texts: list[str],
+    rows: list[dict],
+    finished: list[bool] | None = None,
+    workers: int = 0,
+    rules: Rules = Rules(),
+) -> list[Future]:
+    """One future for each text: of {"reward": float, "correct": 0.0 or 1.0, "status": str, ...parts that are logged}.
 
     `finished[i]` is False when response i was cut at its length limit. Such a response scores 0: it did not choose
     to stop, and rewarding it teaches rambling (Open-Reasoner-Zero, arXiv:2503.24290, section 2).
+    Raises on our own mistakes only: an unknown task here; a bad row, or a machine without enough walls, as the result.
     """
     unknown = {row["task"] for row in rows} - set(REWARDS)
     if unknown:
         raise ValueError(f"no reward for task {sorted(unknown)}: REWARDS in rewards.py knows {sorted(REWARDS)}")
     if len(texts) != len(rows):
         raise ValueError(f"{len(texts)} texts for {len(rows)} rows: give one row for each text")
-    results = [REWARDS[row["task"]](text, row) for text, row in zip(texts, rows)]
-    for result, done in zip(results, finished or [True] * len(results)):
-        if not done and result["status"] != "infra":
-            result.update(reward=0.0, correct=0.0, status="no_answer")
-    return results
+    pool, futures = pool_of(workers or rules.reward_workers or default_workers()), []
+    for text, row, done in zip(texts, rows, finished or [True] * len(rows)):
+        futures.append(pool.submit(text, row, rules) if done else Future())
+        if not done:
+            futures[-1].set_result(verdict("no_answer"))
+    return futures
+
+
+def score(
+    texts: list[str],
+    rows: list[dict],
+    finished: list[bool] | None = None,
+    workers: int = 0,
+    rules: Rules = Rules(),
+) -> list[dict]:
+    """The results of submit(), in the order of the texts; the same for any number of workers."""
+    return [future.result() for future in submit(texts, rows, finished, workers, rules)]
+
+
+def start(tasks: set[str], rules: Rules = Rules()) -> dict[str, str]:
+    """Starts what the tasks need, so that what is missing shows before the first step. {what: which walls it has}"""
+    made, CURRENT.rules = {}, rules
+    for kind in sorted(tasks & {"math", "code"}):
+        walls = run_sandboxed(kind, b"def f(): pass", [], "f", 1.0)[0]["walls"]
+        lacking = "".join(f"; no {name}: {why}" for name, why in walls["missing"].items())
+        made[f"{kind} sandbox"] = ", ".join(walls["layers"]) + lacking
+    return made
 
 
 def summary(scored: list[dict]) -> dict[str, float]:
-    """Means of "reward" and of every other number in the results; our own failures ("infra") are left out."""
+    """Means of "reward" and of every other number in the results, our own failures ("infra") left out; the part of the
+    results with each status."""
     sound = [r for r in scored if r["status"] != "infra"]
     statuses = [r["status"] for r in scored]
-    row = {f"reward/{status}_frac": statuses.count(status) / len(scored) for status in ("infra", "timeout")}
+    row = {f"reward/{status}_frac": statuses.count(status) / len(scored) for status in STATUSES}
     for part in sorted({part for r in sound for part in r} - {"status"}):
         values = [r[part] for r in sound if part in r]
         row["reward/mean" if part == "reward" else f"reward/{part}"] = sum(values) / len(values)
     return row
 
 
-REWARDS = {"countdown": countdown}  # task -> reward of one response
+REWARDS = {"countdown": countdown, "math": math, "code": code}  # task -> reward of one response
 
-if __name__ == "__main__":  # python rewards.py: what the reward says of a few typical and hostile answers
-    example = {"task": "countdown", "answer": {"numbers": [3, 5, 7], "target": 22}}
-    for answer in ("3*5+7", "(3 * 5)\n+ 7", "3*7-5", "3*5+7=22", "2**3", "9**9**9", "3.5*7", "().real", "(" * 9**4):
-        result = countdown(f"<answer>{answer}</answer>", example)
-        print(f"{result['reward']:.1f} {result['status']:9s} {answer[:40]!r}")
+if __name__ == "__main__":  # python rewards.py: what the rewards say of a few typical and hostile answers
+    print(start({"math", "code"}))
+    examples = [
+        ({"task": "countdown", "answer": {"numbers": [3, 5, 7], "target": 22}}, "<answer>{}</answer>",
+         ["3*5+7", "3*7-5", "3*5+7=22", "9**9**9", "().real"]),
+        ({"task": "math", "answer": r"\frac{1}{2}"}, r"\boxed{{{}}}",
+         ["0.5", r"\frac24", r"\sin 30^\circ", "0.50001", "1 or 1/2", "9^{9^{9^9}}", "open('x','w')"]),
+        ({"task": "code", "answer": {"inputs": ["2\n", "5\n"], "outputs": ["4\n", "25\n"]}}, "```python\n{}\n```",
+         ["print(int(input())**2)", "print(4)", "while True: pass", "open('/etc/passwd')", "x = [0] * 10**10"]),
+    ]  # fmt: skip
+    for row, wrap, answers in examples:
+        begun = time.perf_counter()
+        for answer, result in zip(answers, score([wrap.format(a) for a in answers], [row] * len(answers))):
+            print(f"{row['task']:9s} {result['reward']:.1f} {result['status']:9s} {answer!r}")
+        print(f"{'':9s} {(time.perf_counter() - begun) * 1000:.0f} ms")

@@ -116,7 +116,8 @@ BUGS = [
     Bug("numbers-as-set", "rewards.py", "sorted(result[1]) == numbers", "set(result[1]) == set(numbers)", REWARDS),
     Bug("first-answer", "rewards.py", 'start = text.rfind("<answer>", 0, max(end, 0))',
         'start = text.find("<answer>", 0, max(end, 0))', REWARDS),
-    Bug("cut-is-rewarded", "rewards.py", "        if not done and", "        if False and", REWARDS),
+    Bug("cut-is-rewarded", "rewards.py", "zip(texts, rows, finished or [True] * len(rows))",
+        "zip(texts, rows, [True] * len(rows))", REWARDS),
     Bug("infra-scores-zero", "rewards.py", 'if r["status"] != "infra"]', "]", REWARDS),
 ]  # fmt: skip
 

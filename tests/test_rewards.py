@@ -140,5 +140,6 @@ def test_summary_leaves_our_failures_out():
     ]
     assert rewards.summary(scored) == pytest.approx({
         "reward/mean": 0.4, "reward/correct": 1 / 3, "reward/format": 0.75,
-        "reward/infra_frac": 0.25, "reward/timeout_frac": 0.25,
+        "reward/ok_frac": 0.25, "reward/wrong_frac": 0.25, "reward/timeout_frac": 0.25, "reward/infra_frac": 0.25,
+        "reward/memory_frac": 0, "reward/crash_frac": 0, "reward/output_frac": 0, "reward/no_answer_frac": 0,
     })  # fmt: skip
