@@ -42,7 +42,7 @@ REWRITES = [(re.compile(pattern), to) for pattern, to in (  # in this order
     (r"\\begin\{(?:[bp]|small)?matrix\}|\\begin\{array\}\{[^{}]*\}", r"\\begin{pmatrix}"),
     (r"\\end\{(?:[bp]?matrix|smallmatrix|array)\}", r"\\end{pmatrix}"),
     (r"\\begin\{(cases|aligned)\}(.*?)\\end\{\1\}", lambda m: m[2].replace(r"\\", ";")),
-    (r"\{([^{}]+)\\choose\s*([^{}]+)\}", r"\\binom{\1}{\2}"),
+    (r"\{([^{}]+)\\choose\s*([^{}]+)\}|\bC_\{?(\d+)\}?\^\{?(\d+)\}?", r"\\binom{\1\3}{\2\4}"),
     (r"\^\s*\{\s*\\circ\s*\}|\^\s*\\circ(?![a-zA-Z])", r"^\\circ "),
     (r"\\%", "%"),
     (r"\*\*", "^"),
@@ -301,6 +301,8 @@ def by_unit(gold: str, answer: str) -> bool | None:
     (g, gold_unit), (a, answer_unit) = measure(gold), measure(answer)
     if not (gold_unit or answer_unit) or re.search(r"\\(sin|cos|tan|cot|sec|csc)", g + a):
         return None
+    if "degree" in (gold_unit, answer_unit) and r"\pi" in g + a:
+        return None  # 180 degrees are pi
     return (not gold_unit or not answer_unit or gold_unit == answer_unit) and same(g, a)
 
 
@@ -313,7 +315,7 @@ def by_base(gold: str, answer: str) -> bool | None:
 
 def by_words(gold: str, answer: str) -> bool | None:
     """A formula with other words or other letters in it is no formula: 5 (maybe 6), R for r."""
-    spoken = [{w for m in WORDS.finditer(s) if (w := m[1] or m[2]) not in FUNCTIONS} for s in (gold, answer)]
+    spoken = [{w for m in WORDS.finditer(s) if (w := m[1] or m[2] or "") not in FUNCTIONS} for s in (gold, answer)]
     letters = [set(re.findall("[a-zA-Z]", re.sub(r"\\[a-zA-Z]+", "", s))) for s in (gold, answer)]
     if r"\phantom" in answer or any(not set(word) <= letters[0] for word in spoken[1] - spoken[0]):
         return False

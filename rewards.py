@@ -181,7 +181,7 @@ def last_block(text: str) -> str | None:
             if opening and "`" not in mark[opening.end() :]:
                 fence, name, block = opening[1], opening[2].lower(), []
         elif mark.endswith(fence):
-            block.append(line[: line.rindex(fence)])
+            block += filter(str.strip, [line[: line.rindex(fence)]])
             found, block = block if name in PYTHON else found, None
         else:
             block.append(line)
