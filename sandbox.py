@@ -32,7 +32,6 @@ import ctypes
 import errno
 import gc
 import json
-import pathlib
 import platform
 import random
 import resource
@@ -44,18 +43,9 @@ import threading
 import time
 from typing import NamedTuple
 
-PRELOAD = """abc argparse array ast asyncio base64 binascii bisect bz2 calendar cmath codecs collections colorsys
-concurrent.futures.thread contextlib copy csv ctypes dataclasses datetime decimal difflib encodings.ascii
-encodings.cp1252 encodings.idna encodings.latin_1 encodings.utf_16 encodings.utf_8_sig enum errno fileinput fnmatch
-fractions functools gc getopt glob graphlib hashlib heapq html inspect io ipaddress itertools json keyword linecache
-locale logging lzma math mmap multiprocessing numbers operator os pathlib pickle platform pprint queue random re reprlib
-resource sched secrets select selectors shlex shutil signal socket stat statistics string struct subprocess sys
-sysconfig tempfile textwrap threading time timeit token tokenize traceback types typing unicodedata urllib.parse uuid
-warnings weakref zlib __future__ _strptime""".split()
-UNREADABLE = """cProfile doctest email email.mime.text ftplib getpass html.parser http.client http.server imaplib
-multiprocessing.pool optparse pdb pickletools plistlib poplib pstats smtplib sqlite3 ssl symtable
-turtledemo unittest unittest.mock urllib.request wave xml.dom.minidom xml.etree.ElementTree xmlrpc.client zipfile
-zoneinfo""".split()  # imported beforehand, too, where nobody but root may read the interpreter's files
+PRELOAD = """array binascii bisect bz2 collections copy dataclasses datetime decimal encodings.ascii encodings.latin_1
+enum fractions functools heapq io itertools json lzma math operator queue random re statistics string sys threading
+time typing zlib""".split()  # others are found when they are imported, but each child pays for the size of these
 PRELUDE = """
 from typing import *
 from collections import *
@@ -154,8 +144,9 @@ def forbid_system_calls(program: bytes) -> None:
 # ------------------------------------------------------------------------------------------------ the other walls, once
 
 
-def restrict_files(folders: list[str]) -> None:
-    """Landlock: no file but for reading below `folders`. docs.kernel.org/userspace-api/landlock.html"""
+def restrict_files() -> None:
+    """Landlock: no file but for reading modules. docs.kernel.org/userspace-api/landlock.html"""
+    folders = [path for path in sys.path if path.startswith("/")] + ["/dev/null", "/usr/share/zoneinfo"]
     create, add_rule, restrict = 444, 445, 446
     version = libc.syscall(create, None, ctypes.c_size_t(0), 1)
     if version < 1:
@@ -176,10 +167,23 @@ def restrict_files(folders: list[str]) -> None:
     os.close(ruleset)
 
 
+def keep_in_sight() -> None:
+    """Where the interpreter lies in a folder that only root may enter, modules are found through a descriptor of it."""
+    folders = [path for path in sys.path if os.path.isdir(path)]
+    seen = {path: f"/proc/self/fd/{300 + i}" for i, path in enumerate(folders)}  # above what children close
+    for path, link in seen.items():
+        os.dup2(os.open(path, os.O_PATH), int(link[14:]))
+    sys.path[:] = [seen.get(path, path) for path in sys.path]
+    for module in list(sys.modules.values()):  # packages remember where their parts lie
+        for path in seen if hasattr(module, "__path__") else ():
+            module.__path__ = [part.replace(path, seen[path]) for part in module.__path__]
+
+
 def become_nobody() -> None:
     if os.geteuid() != 0:
         raise OSError(errno.EPERM, "started by an ordinary user")
     uid = 20_000 + os.getpid() % 40_000  # below 65536: containers map no more; other for every server on the machine
+    keep_in_sight()
     os.setgroups([])
     os.setresgid(uid, uid, uid)
     os.setresuid(uid, uid, uid)
@@ -205,9 +209,7 @@ def set_up(config: dict) -> tuple[dict, bytes]:
     """Imports, then the walls that all children share; what is there and what is not, and the filter for each child."""
     sys.path += config["path"]
     missing = {}
-    folders = pathlib.Path(os.__file__).parents
-    private = os.geteuid() == 0 and not all(folder.stat().st_mode & 0o001 for folder in folders)
-    for name in PRELOAD + (UNREADABLE if private else []) + config["preload"]:
+    for name in PRELOAD + config["preload"]:
         try:
             __import__(name)
         except ImportError as error:
@@ -217,8 +219,7 @@ def set_up(config: dict) -> tuple[dict, bytes]:
     libc.mallopt(-8, 1)  # M_ARENA_MAX: each thread's own arena would take 64 MB of the address space
     libc.prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER
     os.chdir("/")
-    readable = [p for p in sys.path if p.startswith("/")] + ["/dev/null", "/usr/share/zoneinfo"]
-    steps = {"uid": become_nobody, "namespaces": enter_namespaces, "landlock": lambda: restrict_files(readable)}
+    steps = {"uid": become_nobody, "namespaces": enter_namespaces, "landlock": restrict_files}
     layers = [layer for layer in ("rlimits", "seccomp") if layer not in config["off"]]
     for layer, step in steps.items():
         if layer == "landlock":
@@ -231,6 +232,10 @@ def set_up(config: dict) -> tuple[dict, bytes]:
                 layers.append(layer)
         except OSError as error:
             missing[layer] = str(error)
+    if "rlimits" in layers:  # the rest is different for each job
+        limit(NOFILE=64, CORE=0, STACK=100 << 20)
+        if "uid" in layers or "namespaces" in layers:  # else it would count all processes of the user
+            limit(NPROC=256)
     filter = b""
     if "seccomp" in layers and platform.machine() in MACHINES:
         filter = seccomp_program(may_open="landlock" in layers or "open" in config["off"])  # else nothing may be opened
@@ -259,6 +264,13 @@ class Image(NamedTuple):
     prelude: dict  # names that a submitted function finds
 
 
+def limit(**limits: int) -> None:
+    for name, value in limits.items():
+        which = getattr(resource, f"RLIMIT_{name}")
+        hard = resource.getrlimit(which)[1] % (1 << 64)  # -1 is infinity
+        resource.setrlimit(which, (min(value, hard), min(value + (name == "CPU"), hard)))
+
+
 def slurp(descriptor: int) -> bytes:
     with open(descriptor, "rb") as file:
         return file.read()
@@ -275,14 +287,7 @@ def child(job: dict, program: int, given: int, output: int, image: Image) -> int
         os.dup2(descriptor, number)
     os.closerange(4 if call else 3, 256)
     if "rlimits" in image.layers:
-        seconds = max(1, -int(-job["cpu"] // 1))
-        limits = [("CPU", seconds), ("AS", job["memory"]), ("FSIZE", job["output"]), ("NOFILE", 64), ("CORE", 0)]
-        limits += [("STACK", 100 << 20)] + [("NPROC", 256)] * ("uid" in image.layers or "namespaces" in image.layers)
-        for name, value in limits:
-            which = getattr(resource, f"RLIMIT_{name}")
-            hard = resource.getrlimit(which)[1]
-            value = value if hard == resource.RLIM_INFINITY else min(value, hard)
-            resource.setrlimit(which, (value, value + 1 if name == "CPU" else value))
+        limit(CPU=max(1, -int(-job["cpu"] // 1)), AS=job["memory"], FSIZE=job["output"])
     for number in (signal.SIGXFSZ, signal.SIGPIPE):
         signal.signal(number, signal.SIG_DFL)
     main = type(sys)("solution" if call else "__main__")

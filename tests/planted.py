@@ -26,6 +26,7 @@ class Bug(NamedTuple):
 
 MATH, ALIGNMENT, KERNELS = ("test_math.py",), ("test_alignment.py",), ("test_kernels.py",)
 DATA, REWARDS, TRAIN = ("test_data.py",), ("test_rewards.py",), ("test_train.py",)
+SANDBOX, EQUALITY = ("test_sandbox.py",), ("test_equality.py",)
 BUGS = [
     # the classics of PPO
     Bug("advantage-sign", "ppo.py", "torch.maximum(-advantages * ratio, -advantages * clipped)",
@@ -118,6 +119,30 @@ BUGS = [
         'start = text.find("<answer>", 0, max(end, 0))', REWARDS),
     Bug("cut-is-rewarded", "rewards.py", "zip(texts, rows, finished or [True] * len(rows))",
         "zip(texts, rows, [True] * len(rows))", REWARDS),
+    # math and code
+    Bug("fork-allowed", "sandbox.py", '"clone": [argument(0), (ANY_BIT, 0, 1, 0x10000), answer(ALLOW), answer(FAIL',
+        '"clone": [answer(ALLOW), answer(FAIL', SANDBOX),
+    Bug("kill-anybody", "sandbox.py", '"kill": only(0, ITSELF),', '"kill": [answer(ALLOW)],', SANDBOX),
+    Bug("any-fcntl", "sandbox.py", '"fcntl": only(1, 0, 1, 2, 3, 4, 1030, error=errno.EINVAL),',
+        '"fcntl": [answer(ALLOW)],', SANDBOX),
+    Bug("landlock-of-nothing", "sandbox.py", "folders = [path for path in sys.path if path.starts",
+        'folders = ["/"] + [path for path in sys.path if path.starts', SANDBOX),
+    Bug("descriptors-kept", "sandbox.py", "os.closerange(4 if call else 3, 256)", "pass", SANDBOX),
+    Bug("no-memory-limit", "sandbox.py", 'AS=job["memory"], ', "", SANDBOX),
+    Bug("exit-without-flush", "sandbox.py", "stream.closed or stream.flush()", "pass", SANDBOX),
+    Bug("first-test-only", "rewards.py", 'if status != "ok" and rules.code_reward == "all":', "if True:", SANDBOX),
+    Bug("tolerant-integers", "rewards.py", 'if re.search("[.eE]", wanted):', "if True:", SANDBOX),
+    Bug("true-is-one", "rewards.py", "        return given is wanted", "        return given == wanted", SANDBOX),
+    Bug("reasoning-counts", "rewards.py", 'return text.rpartition("</think>")[2]', "return text", EQUALITY),
+    Bug("box-in-a-box", "rewards.py", "found = found if start is None else (start, token.start())",
+        "found = found or (start is not None and (start, token.start())) or None", EQUALITY),
+    Bug("lists-in-order", "equality.py", "left.remove(found)", "left.remove(found) if left[0] == found else left.clear()",
+        EQUALITY),
+    Bug("units-ignored", "equality.py", "(not gold_unit or not answer_unit or gold_unit == answer_unit) and same(g, a)",
+        "same(g, a)", EQUALITY),
+    Bug("hedging-allowed", "equality.py", "return not hedged(tail, answer) and (", "return (", EQUALITY),
+    Bug("rounding", "equality.py", 'sympy.Float("1e-40")', 'sympy.Float("1e-5")', EQUALITY),
+    Bug("towers", "equality.py", "not too_big(answer) and", "", EQUALITY),
     Bug("infra-scores-zero", "rewards.py", 'if r["status"] != "infra"]', "]", REWARDS),
 ]  # fmt: skip
 

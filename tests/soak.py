@@ -88,10 +88,11 @@ def main(samples: int) -> int:
         rewards.score(*answers(40)), rewards.score(*programs(40))  # the last killed ones are replaced
         leftovers = field.leftovers()
     last = state()
+    print("last", last)
     rate = samples / (time.monotonic() - begun)
     print(f"{rate:.0f} samples a second; leftovers: {leftovers}; wrong: {wrong[:3]}")
     flat = last["trainer_mb"] < first["trainer_mb"] + 20 and last["sandboxes_mb"] < 1.3 * first["sandboxes_mb"] + 50
-    flat = flat and last["descriptors"] <= first["descriptors"] + 4 and last["threads"] <= first["threads"]
+    flat = flat and last["descriptors"] <= first["descriptors"] + 4 and last["threads"] <= rewards.THREADS + 10
     return int(bool(wrong or leftovers or last["zombies"] or infra > samples / 1000 or not flat))
 
 

@@ -122,6 +122,23 @@ def test_first_step_by_hand(tmp_path, toy_model):
     assert row["critic/grad_norm"] == pytest.approx(critic_norm, rel=1e-4)
 
 
+def test_math_and_code_together(tmp_path):
+    """Guards the way of real verifiers through the loop: 20 steps on two ranks, answers in both formats learned from
+    nothing but reward, hostile programs on the way, and no process left."""
+    import mixture
+
+    mixture.make_model(str(tmp_path / "model"))
+    finish(start([*TWO, "tests/mixture.py"], tmp_path / "run", "--model", tmp_path / "model"))
+    rows = metrics(tmp_path / "run")
+    assert len(rows) == 20 and rows[0]["reward/correct"] < 0.1
+    assert sum(row["reward/correct"] for row in rows[-3:]) / 3 > 0.5
+    for status in ("ok", "wrong", "no_answer", "timeout", "crash", "memory"):
+        assert max(row[f"reward/{status}_frac"] for row in rows) > 0, status
+    assert all(row["reward/infra_frac"] == 0 for row in rows)
+    statuses = {json.loads(line)["status"] for line in open(tmp_path / "run" / "samples.jsonl")}
+    assert "ok" in statuses and (tmp_path / "run" / "sandbox.py").exists()
+
+
 def test_ranks_and_budgets_do_not_matter(tmp_path, toy_model):
     """Guards the one denominator, FSDP's averaging and the packing: 1 process, 2 ranks (with checkpointing), half and
     double budget, sequence-parallel ranks; three steps with everything switched on."""
