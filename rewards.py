@@ -279,7 +279,7 @@ def code(text: str, row: dict) -> dict:
 
 # ----------------------------------------------------------------------------------------- processes that may be killed
 
-SLICE = {"code": 0.03, "math": 0.3}  # seconds; what takes longer starts again, with all its time, behind the others
+SLICE = {"code": 0.02, "math": 0.3}  # seconds; what takes longer starts again, with all its time, behind the others
 MEMORY = 1 << 30  # bytes of address space
 FAILURES = (OSError, EOFError, TimeoutError, ValueError, struct.error)  # of a server that was killed or has gone mad
 THREADS = 128  # responses under way at the same time; most of them wait for a process

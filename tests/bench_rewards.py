@@ -1,6 +1,7 @@
 """How fast are the verifiers? python tests/bench_rewards.py: ratios of things measured in the same run.
 
-1. programs: five tests each, against one fresh interpreter per test, both with as many processes as cores.
+1. programs: five tests each, against one fresh interpreter per test, one after the other as a plain loop runs them,
+   and as many at a time as there are cores.
 2. math: 1,000 ordinary answers with the processes warm.
 3. hanging: a batch of 256 with 10 % of programs that never end, against the others alone.
 """
@@ -66,14 +67,16 @@ def seconds(texts: list[str], rows: list[dict]) -> tuple[float, float]:
     return max(ends[i] for i, status in enumerate(statuses) if status != "timeout"), time.perf_counter() - begun
 
 
-def fresh(texts: list[str], rows: list[dict]) -> float:
+def fresh(rows: list[dict], at_a_time: int) -> float:
+    """Seconds a test in new interpreters."""
+
     def run(job: tuple[str, str]) -> None:
         command = [sys.executable, "-I", "-c", job[0]]
         subprocess.run(command, input=job[1].encode(), stdout=subprocess.PIPE, check=True)
 
     jobs = [(PROGRAM, given) for row in rows for given in row["answer"]["inputs"]]
     begun = time.perf_counter()
-    with ThreadPoolExecutor(rewards.default_workers()) as pool:
+    with ThreadPoolExecutor(at_a_time) as pool:
         list(pool.map(run, jobs))
     return (time.perf_counter() - begun) / len(jobs)
 
@@ -81,10 +84,11 @@ def fresh(texts: list[str], rows: list[dict]) -> float:
 def main() -> dict[str, float]:
     rewards.start({"math", "code"})
     rewards.score(*answers(40)), rewards.score(*programs(20))  # every worker has started its servers
-    ours, theirs = [], []
+    ours, loop, theirs = [], [], []
     for _ in range(5):
         ours.append(seconds(*programs(40))[1] / 200)
-        theirs.append(fresh(*programs(8)))
+        loop.append(fresh(programs(8)[1], 1))
+        theirs.append(fresh(programs(8)[1], rewards.default_workers()))
     math = statistics.median(seconds(*answers(1000))[1] for _ in range(3))
     texts, rows = programs(256)
     hang = [fenced(s) for s in ("while True: pass", "import time\ntime.sleep(99)")]
@@ -99,8 +103,10 @@ def main() -> dict[str, float]:
     waves = -(-hanging // workers)
     result = {
         "test_ms": 1000 * statistics.median(ours),
-        "fresh_ms": 1000 * statistics.median(theirs),
-        "programs_speedup": statistics.median(theirs) / statistics.median(ours),
+        "fresh_loop_ms": 1000 * statistics.median(loop),
+        "fresh_parallel_ms": 1000 * statistics.median(theirs),
+        "speedup_over_loop": statistics.median(a / b for a, b in zip(loop, ours)),
+        "speedup_over_parallel": statistics.median(a / b for a, b in zip(theirs, ours)),
         "math_seconds_per_1000": math,
         "hanging_slowdown_of_others": statistics.median(others) / statistics.median(alone),
         "hanging_batch_seconds": statistics.median(whole),

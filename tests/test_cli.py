@@ -102,10 +102,10 @@ def test_checkpoints_are_ordinary_folders(tiny, tmp_path):
     AutoTokenizer.from_pretrained(folder / "policy")
     assert json.loads((tmp_path / "run" / "config.json").read_text())["kl_coef"] == 0.1
     kept = {path.name for path in (tmp_path / "run").iterdir()}
-    assert {"ppo.py", "data.py", "rewards.py", "rollout.py", "kernels.py"} <= kept
+    assert {f"{name}.py" for name in "ppo data rewards rollout kernels sandbox equality".split()} <= kept
 
 
-@pytest.mark.parametrize("file", ["data.py", "rewards.py"])
+@pytest.mark.parametrize("file", ["data.py", "rewards.py", "equality.py"])
 def test_files_answer_for_themselves(file):
     said = run(file)
     assert said.returncode == 0 and len(said.stdout.splitlines()) > 4
