@@ -85,9 +85,11 @@ NAME = re.compile(  # what an answer may be called: x, f(x), f^{-1}(x), a_n, \an
     r"\|?(?:\\(?:angle|triangle|overline|vec|measuredangle|mathcal)\s*)*\{?(?:\\?[A-Za-z]+'*|\\text\{[^{}]*\})"
     r"(?:\^\{-1\})?(?:_\{?[\w\\{} ]+\}?)?(?:\([\w,;]*\))?\}?\|?|\([A-Za-z](?:[,;][A-Za-z])*\)"
 )
-HEDGE = re.compile(r"""\b(or|maybe|perhaps|possibl[ey]|probably|alternatively|actually|wait|hmm+|instead|rather|might|
-could|unless|either|not|sure|about|otherwise|other|another|also|correction|else|sorry|no)\b""".replace("\n", ""), re.I)
-CANDIDATE = re.compile(r"\$([^$]{1,80})\$|\\\((.{1,80}?)\\\)|(-?\d[\d,]*(?:\.\d+|/\d+)?|\b[B-HJ]\b)")
+DOUBT = """or maybe perhaps possible possibly probably alternatively actually wait hmm hmmm instead rather might could
+unless either otherwise other another correction sorry""".replace("\n", " ").replace(" ", "|")
+HEDGE = re.compile(rf"\b(?:{DOUBT}|not sure|no,)(?!\w)", re.I)
+UNSURE = re.compile(rf"\b(?:{DOUBT}|not|about|approximately)\b", re.I)  # words that make a unit none
+CANDIDATE = re.compile(r"\$([^$]{1,80})\$|\\\((.{1,80}?)\\\)|(-?\d[\d,]*(?:\.\d+|/\d+)?|\b[A-J]\b)")
 WORDS = re.compile(r"\\text\{([^{}]*)\}|(?<![a-zA-Z\\_^])([a-zA-Z]{3,})")
 FUNCTIONS = set("sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh log exp max min gcd lcm det mod".split())
 TOWER = re.compile(  # what would cost seconds or gigabytes to work out
@@ -190,7 +192,7 @@ def measure(s: str) -> tuple[str, str]:
     currency, found = re.match(r"(-?)(\\\$|\\euro ?|\\pounds ?)(?=.)", s), UNIT.search(s)
     if currency:
         return currency[1] + s[currency.end() :], UNITS[currency[2].strip()]
-    if not found or not found.start() or s[found.start() - 1] in "^_=<>,(+-;" or HEDGE.search(found[0]):
+    if not found or not found.start() or s[found.start() - 1] in "^_=<>,(+-;" or UNSURE.search(found[0]):
         return s, ""
     name = re.sub(r"\\text\{([^{}]*)\}", r"\1", found[0]).replace(" per ", "/").replace(" ", "").rstrip(".")
     name = re.sub(r"^(?:square|sq\.?)(.+)", r"\1^2", re.sub(r"^(?:cubic|cu\.?)(.+)", r"\1^3", name))
@@ -356,9 +358,10 @@ def same(gold: str, answer: str) -> bool:
 
 def hedged(tail: str, answer: str) -> bool:
     """Does the text after the box offer something else? "..., or perhaps it is 7"."""
-    hedge = HEDGE.search(tail[:400])
-    offers = CANDIDATE.finditer(tail[:480], hedge.end() if hedge[0] != "also" else 0) if hedge else ()
+    hedge, lettered = HEDGE.search(tail[:400]), choice(answer) is not None
+    offers = CANDIDATE.finditer(tail[:480], 0 if lettered else hedge.end()) if hedge else ()
     others = [plain(m[1] or m[2] or m[3]) for m in offers]
+    others = [other for other in others if lettered or not choice(other)]  # a letter is an offer among letters only
     return any(other != answer and not by_number(answer, other) for other in others)
 
 

@@ -148,7 +148,7 @@ def last_box(text: str) -> tuple[str, str] | None:
 
 def math(text: str, row: dict) -> dict:
     """1 when the last \\boxed{} after the reasoning means the same as the row's LaTeX answer (equality.py)."""
-    gold, text, rules = row["answer"], answered(text), CURRENT.rules
+    gold, text, rules = str(row["answer"]), answered(text), CURRENT.rules
     box = last_box(text)
     if box is None and (rules.answer_tags or rules.lenient) and (tagged := last_answer(text)) is not None:
         box = tagged, text.rpartition("</answer>")[2]
@@ -167,6 +167,7 @@ def math(text: str, row: dict) -> dict:
 # --------------------------------------------------------------------------------------------------------------- code
 
 PYTHON = {"", "python", "python3", "py", "py3", "python2", "cpython", "pypy", "pypy3", "ipython", "sage", "code"}
+MAX_TESTS_TIME = 10  # times test_seconds: what all tests of a program may take together
 FLOAT_TOLERANCE = 1e-6  # relative, absolute below 1; only where the expected output is written as a decimal
 
 
@@ -208,9 +209,7 @@ def same_output(given: bytes, wanted: str) -> bool:
     """Line by line, token by token; empty lines and spaces do not matter."""
     lines = [[line.split() for line in text.split("\n")] for text in (given.decode("utf-8", "replace"), wanted)]
     g, w = ([line for line in side if line] for side in lines)
-    return len(g) == len(w) and all(
-        len(x) == len(y) and all(map(same_token, x, y)) for x, y in zip(g, w)
-    )  # fmt: skip
+    return len(g) == len(w) and all(len(x) == len(y) and all(map(same_token, x, y)) for x, y in zip(g, w))
 
 
 def same_value(given: object, wanted: object) -> bool:
@@ -249,7 +248,7 @@ def unit_tests(row: dict) -> list[tuple[object, object]]:
     if not inputs or len(inputs) != len(outputs):
         raise ValueError(f"row {row.get('id')!r}: {len(inputs)} inputs, {len(outputs)} outputs: give as many, and some")
     if not answer.get("fn_name"):
-        return list(zip(inputs, outputs))
+        return [["\n".join(x) if isinstance(x, list) else str(x) for x in test] for test in zip(inputs, outputs)]
     arguments = [[from_json(x) for x in i.split("\n") if x.strip()] if isinstance(i, str) else i for i in inputs]
     return list(zip(arguments, [from_json(o) if isinstance(o, str) else o for o in outputs]))
 
@@ -262,7 +261,7 @@ def code(text: str, row: dict) -> dict:
         program = text
     if program is None or not program.strip():
         return verdict("no_answer")
-    passed, status = 0, "ok"
+    passed, status, spent = 0, "ok", 0.0
     source = program.encode("utf-8", "surrogatepass")
     for given, wanted in tests:
         size = 2 * len(wanted if isinstance(wanted, str) else json.dumps(wanted)) + (1 << 16)
@@ -270,9 +269,12 @@ def code(text: str, row: dict) -> dict:
         outcome = result["status"]
         if outcome == "ok":
             outcome = "ok" if (same_result if name else same_output)(output, wanted) else "wrong"
+        spent += max(result["cpu"], rules.test_seconds * (outcome == "timeout"))
+        if outcome == "ok" and spent > MAX_TESTS_TIME * rules.test_seconds:
+            outcome = "timeout"
         passed += outcome == "ok"
         status = outcome if status == "ok" else status
-        if status != "ok" and rules.code_reward == "all":
+        if status != "ok" and (rules.code_reward == "all" or spent > MAX_TESTS_TIME * rules.test_seconds):
             break
     return verdict(status, passed / len(tests) if rules.code_reward == "fraction" else None)
 
@@ -305,8 +307,9 @@ class Server:
             self.kill()
             raise
         layers = set(self.walls["layers"])
-        if kind == "math" and self.walls["missing"].keys() & {"equality"}:
-            raise RuntimeError(f"math rewards: {self.walls['missing']}: pip install -r requirements.txt")
+        if "equality" in self.walls["missing"]:
+            self.kill()
+            raise RuntimeError(f"math rewards: {self.walls['missing']['equality']}: pip install -r requirements.txt")
         enough = "seccomp" in layers and layers & {"landlock", "namespaces"}
         if kind == "code" and not (enough or unsafe):
             self.kill()
@@ -361,13 +364,14 @@ class Pool:
     response under way waits for its jobs."""
 
     def __init__(self, workers: int) -> None:
-        self.workers, self.threads, self.closed, self.process = workers, 0, False, os.getpid()
-        self.arrivals = itertools.count()
+        self.closed, self.process, self.arrivals = False, os.getpid(), itertools.count()
         self.jobs: queue.PriorityQueue = queue.PriorityQueue()
         self.responses: queue.SimpleQueue = queue.SimpleQueue()
         self.servers: dict[tuple, Server] = {}
         for number in range(workers):
             threading.Thread(target=self.work, args=(number,), daemon=True).start()
+        for _ in range(THREADS):
+            threading.Thread(target=self.respond, daemon=True).start()
         atexit.register(self.close)
 
     def work(self, number: int) -> None:
@@ -404,9 +408,6 @@ class Pool:
     def submit(self, text: str, row: dict, rules: Rules) -> Future:
         future: Future = Future()
         self.responses.put((future, text, row, rules))
-        if self.threads < min(THREADS, self.responses.qsize() + self.workers):
-            self.threads += 1
-            threading.Thread(target=self.respond, daemon=True).start()
         return future
 
     def close(self) -> None:

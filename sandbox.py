@@ -215,7 +215,7 @@ def set_up(config: dict) -> tuple[dict, bytes]:
         except ImportError as error:
             if name in config["preload"]:
                 missing[name] = str(error)
-    exec(config["warm_up"], {})  # our own code
+    exec("" if missing else config["warm_up"], {})  # our own code
     libc.mallopt(-8, 1)  # M_ARENA_MAX: each thread's own arena would take 64 MB of the address space
     libc.prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER
     os.chdir("/")
