@@ -34,6 +34,7 @@ import gc
 import json
 import platform
 import random
+import re
 import resource
 import select
 import signal
@@ -234,7 +235,8 @@ def set_up(config: dict) -> tuple[dict, bytes]:
             missing[layer] = str(error)
     if "rlimits" in layers:  # the rest is different for each job
         limit(NOFILE=64, CORE=0, STACK=100 << 20)
-        if "uid" in layers or "namespaces" in layers:  # else it would count all processes of the user
+        kernel = tuple(map(int, re.findall(r"\d+", platform.release())[:2]))
+        if "uid" in layers or "namespaces" in layers and kernel >= (5, 14):  # else all processes of the user count
             limit(NPROC=256)
     filter = b""
     if "seccomp" in layers and platform.machine() in MACHINES:
