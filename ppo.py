@@ -174,7 +174,7 @@ def check(args: Args, world: int) -> transformers.PretrainedConfig:
         except (OSError, ValueError) as error:
             raise ValueError(f"{flag}={path!r} is no Hugging Face folder, nor a hub id that can be reached") from error
     positive = "prompts_per_step samples_per_prompt max_prompt_tokens max_new_tokens max_seqs temperature ppo_epochs "
-    for flag in (positive + "minibatch tp sp eval_rows eval_samples").split():
+    for flag in (positive + "minibatch tp sp eval_rows eval_samples test_seconds").split():
         expect(getattr(args, flag) > 0, f"{flag}={getattr(args, flag)}: must be above 0")
     prompts, even = args.prompts_per_step, math.ceil(args.prompts_per_step / world) * world
     expect(prompts == even, f"prompts_per_step={prompts} is not a multiple of the {world} ranks: use {even}")

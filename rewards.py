@@ -39,8 +39,7 @@ STATUSES = ("ok", "wrong", "timeout", "memory", "crash", "output", "no_answer", 
 
 @dataclass
 class Rules:
-    """What counts as an answer, and what a program may cost."""
-
+    """what counts as an answer, and what a program may cost"""
     code_reward: Literal["all", "fraction"] = "all"  # all: 1 when every test passes; fraction: the part that passes
     test_seconds: float = 4.0  # CPU time of a program on one test; by the clock twice that and one second more
     answer_tags: bool = False  # math: <answer>...</answer> counts when there is no \boxed{}

@@ -35,99 +35,6 @@ def honest() -> list[tuple[str, str, dict]]:
     return found + [(name, fenced(source), task(tests, fn)) for name, (source, fn, tests) in HONEST_CALLS.items()]
 
 
-def test_honest_programs_among_attacks():
-    """Guards programs refused for their style, attacks that score, and attacks that disturb the sample after them."""
-    assert len(attacks.sources()) + len(attacks.CALLS) >= 240 and len(honest()) >= 190
-    with attacks.Field() as field:
-        hostile = [(name, fenced(source), task([(field.given, "escaped")])) for name, source in attacks.sources().items()]
-        calls = [("[1, 2]", "12345"), ("[1, 2]", "12345")]
-        hostile += [(name, fenced(source), task(calls, "solve")) for name, source in attacks.CALLS.items()]
-        cases = [(*case, True) for case in honest()] + [(*case, False) for case in hostile]
-        random.Random(0).shuffle(cases)
-        rewards.start({"code"})
-        idle = len(attacks.descendants(os.getpid()))
-        results = rewards.score([case[1] for case in cases], [case[2] for case in cases], rules=FAST)
-        assert [(c[0], r) for c, r in zip(cases, results) if r["correct"] != c[3]] == []
-        assert {r["status"] for r in results} == {"ok", "wrong", "timeout", "memory", "crash", "output"}
-        assert field.leftovers() == [] and len(attacks.descendants(os.getpid())) <= idle + rewards.default_workers() * 2
-
-
-def as_user(user: int | None, off: list[str], tmp_path: Path) -> dict:
-    """tests/attacks.py in a process of its own, of this user, with these layers off."""
-    folder, pythons = tmp_path, [sys.executable, "/usr/bin/python3"]
-    if user is not None:
-        if os.geteuid() != 0:
-            pytest.skip("only root can become another user")
-        folder = Path("/tmp") / f"attacks-{os.getpid()}"  # pytest's folders are private
-        pythons = [p for p in pythons if runs(p, user)]
-        if not pythons:
-            pytest.skip("no Python 3.11 that an ordinary user may run: this one is in a private folder")
-    shutil.copytree(ROOT / "tests", folder / "tests", dirs_exist_ok=True)
-    for name in ("rewards.py", "sandbox.py"):
-        shutil.copy(ROOT / name, folder)
-    try:
-        command = [pythons[0], str(folder / "tests/attacks.py"), *off]
-        identity = {} if user is None else {"user": user, "group": user, "extra_groups": []}
-        done = subprocess.run(command, cwd="/", capture_output=True, text=True, timeout=300, **identity)
-        assert done.returncode == 0, done.stderr[-2000:]
-        return json.loads(done.stdout)
-    finally:
-        if user is not None:
-            shutil.rmtree(folder)
-
-
-def runs(python: str, user: int) -> bool:
-    command = [python, "-c", "import sys; sys.exit(sys.version_info < (3, 11))"]
-    try:
-        return subprocess.run(command, cwd="/", user=user, group=user, extra_groups=[]).returncode == 0
-    except OSError:
-        return False
-
-
-@pytest.mark.parametrize("user, off", [(None, []), (None, ["namespaces"]), (ORDINARY, []), (ORDINARY, ["namespaces"])])
-def test_no_attack_works(user, off, tmp_path):
-    """Guards each setting: as it is started here, an ordinary user, and both as in a container without namespaces."""
-    result = as_user(user, off, tmp_path)
-    assert {"seccomp", "rlimits"} <= set(result["layers"]) and not set(off) & set(result["layers"])
-    assert result["escaped"] == result["slow"] == result["leftovers"] == [] and result["tried"] >= 220
-    assert user is None or result["user"] == user
-
-
-READ = {"users", "name of the machine", "list the root", "list processes", "command of the trainer", "own maps"}
-LAYERS = [  # switched off -> what works then, among others; the other layers still stand
-    (("seccomp",), {"fork", "clone by machine code", "signal to the parent", "netlink", "key ring", "dumpable"}),
-    (("landlock", "open"), READ),  # "open": seccomp refuses to open any file where Landlock is missing
-    (("rlimits",), {"above the memory limit"}),
-    (("seccomp", "landlock"), {"spawn", "exec", "system", "temporary file", "listen"} | READ),
-]
-HARMLESS = ["loopback", "abstract socket", "signal to the trainer", "read a password"]
-
-
-@pytest.mark.skipif(os.geteuid() != 0, reason="an ordinary user has other layers to switch off")
-@pytest.mark.parametrize("off, works", LAYERS, ids=str)
-def test_each_layer_stops_something(off, works):
-    """Guards a layer that does nothing, and attacks that could not work anywhere."""
-    assert attacks.run(names=sorted(works))["escaped"] == []
-    result = attacks.run(off, sorted(works))
-    if set(off) & {"landlock", "seccomp", "rlimits"} != set(off) - {"open"} or len(result["layers"]) < 4 - len(off):
-        pytest.skip(f"this kernel has only {result['layers']}")
-    assert set(result["escaped"]) == works
-
-
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root can drop to another uid")
-def test_namespaces_and_uid_stand_behind_the_others():
-    """Guards the second line: with seccomp and Landlock gone, namespaces keep the network and the trainer's processes
-    away; without them, the uid still keeps programs from signals to the trainer."""
-    off = ("seccomp", "landlock")
-    network, everything = {"loopback", "abstract socket"}, {"loopback", "abstract socket", "read a password"}
-    if "namespaces" not in attacks.run(off, ["fork"])["layers"]:
-        pytest.skip("this kernel or container gives no namespaces")
-    assert set(attacks.run(off, HARMLESS)["escaped"]) & network == set()
-    without = set(attacks.run((*off, "namespaces"), HARMLESS)["escaped"])
-    assert network <= without <= everything
-    assert "signal to the trainer" in attacks.run((*off, "namespaces", "uid"), ["signal to the trainer"])["escaped"]
-
-
 def test_too_few_walls_are_refused(monkeypatch):
     """Guards a machine without seccomp on which programs would run all the same."""
     start = rewards.Server.__init__
@@ -298,3 +205,96 @@ def test_nothing_stays_behind(tmp_path):
         while any(Path(f"/proc/{pid}").exists() for pid in below) and time.monotonic() < deadline:
             time.sleep(0.05)
         assert [pid for pid in below if Path(f"/proc/{pid}").exists()] == [], (source, ending)
+
+
+def test_honest_programs_among_attacks():
+    """Guards programs refused for their style, attacks that score, and attacks that disturb the sample after them."""
+    assert len(attacks.sources()) + len(attacks.CALLS) >= 240 and len(honest()) >= 190
+    with attacks.Field() as field:
+        hostile = [(name, fenced(source), task([(field.given, "escaped")])) for name, source in attacks.sources().items()]
+        calls = [("[1, 2]", "12345"), ("[1, 2]", "12345")]
+        hostile += [(name, fenced(source), task(calls, "solve")) for name, source in attacks.CALLS.items()]
+        cases = [(*case, True) for case in honest()] + [(*case, False) for case in hostile]
+        random.Random(0).shuffle(cases)
+        rewards.start({"code"})
+        idle = len(attacks.descendants(os.getpid()))
+        results = rewards.score([case[1] for case in cases], [case[2] for case in cases], rules=FAST)
+        assert [(c[0], r) for c, r in zip(cases, results) if r["correct"] != c[3]] == []
+        assert {r["status"] for r in results} == {"ok", "wrong", "timeout", "memory", "crash", "output"}
+        assert field.leftovers() == [] and len(attacks.descendants(os.getpid())) <= idle + rewards.default_workers() * 2
+
+
+def as_user(user: int | None, off: list[str], tmp_path: Path) -> dict:
+    """tests/attacks.py in a process of its own, of this user, with these layers off."""
+    folder, pythons = tmp_path, [sys.executable, "/usr/bin/python3"]
+    if user is not None:
+        if os.geteuid() != 0:
+            pytest.skip("only root can become another user")
+        folder = Path("/tmp") / f"attacks-{os.getpid()}"  # pytest's folders are private
+        pythons = [p for p in pythons if runs(p, user)]
+        if not pythons:
+            pytest.skip("no Python 3.11 that an ordinary user may run: this one is in a private folder")
+    shutil.copytree(ROOT / "tests", folder / "tests", dirs_exist_ok=True)
+    for name in ("rewards.py", "sandbox.py"):
+        shutil.copy(ROOT / name, folder)
+    try:
+        command = [pythons[0], str(folder / "tests/attacks.py"), *off]
+        identity = {} if user is None else {"user": user, "group": user, "extra_groups": []}
+        done = subprocess.run(command, cwd="/", capture_output=True, text=True, timeout=300, **identity)
+        assert done.returncode == 0, done.stderr[-2000:]
+        return json.loads(done.stdout)
+    finally:
+        if user is not None:
+            shutil.rmtree(folder)
+
+
+def runs(python: str, user: int) -> bool:
+    command = [python, "-c", "import sys; sys.exit(sys.version_info < (3, 11))"]
+    try:
+        return subprocess.run(command, cwd="/", user=user, group=user, extra_groups=[]).returncode == 0
+    except OSError:
+        return False
+
+
+@pytest.mark.parametrize("user, off", [(None, []), (None, ["namespaces"]), (ORDINARY, []), (ORDINARY, ["namespaces"])])
+def test_no_attack_works(user, off, tmp_path):
+    """Guards each setting: as it is started here, an ordinary user, and both as in a container without namespaces."""
+    result = as_user(user, off, tmp_path)
+    assert {"seccomp", "rlimits"} <= set(result["layers"]) and not set(off) & set(result["layers"])
+    assert result["escaped"] == result["slow"] == result["leftovers"] == [] and result["tried"] >= 220
+    assert user is None or result["user"] == user
+
+
+READ = {"users", "name of the machine", "list the root", "list processes", "command of the trainer", "own maps"}
+LAYERS = [  # switched off -> what works then, among others; the other layers still stand
+    (("seccomp",), {"fork", "clone by machine code", "signal to the parent", "netlink", "key ring", "dumpable"}),
+    (("landlock", "open"), READ),  # "open": seccomp refuses to open any file where Landlock is missing
+    (("rlimits",), {"above the memory limit"}),
+    (("seccomp", "landlock"), {"spawn", "exec", "system", "temporary file", "listen"} | READ),
+]
+HARMLESS = ["loopback", "abstract socket", "signal to the trainer", "read a password"]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="an ordinary user has other layers to switch off")
+@pytest.mark.parametrize("off, works", LAYERS, ids=str)
+def test_each_layer_stops_something(off, works):
+    """Guards a layer that does nothing, and attacks that could not work anywhere."""
+    assert attacks.run(names=sorted(works))["escaped"] == []
+    result = attacks.run(off, sorted(works))
+    if set(off) & {"landlock", "seccomp", "rlimits"} != set(off) - {"open"} or len(result["layers"]) < 4 - len(off):
+        pytest.skip(f"this kernel has only {result['layers']}")
+    assert set(result["escaped"]) == works
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can drop to another uid")
+def test_namespaces_and_uid_stand_behind_the_others():
+    """Guards the second line: with seccomp and Landlock gone, namespaces keep the network and the trainer's processes
+    away; without them, the uid still keeps programs from signals to the trainer."""
+    off = ("seccomp", "landlock")
+    network, everything = {"loopback", "abstract socket"}, {"loopback", "abstract socket", "read a password"}
+    if "namespaces" not in attacks.run(off, ["fork"])["layers"]:
+        pytest.skip("this kernel or container gives no namespaces")
+    assert set(attacks.run(off, HARMLESS)["escaped"]) & network == set()
+    without = set(attacks.run((*off, "namespaces"), HARMLESS)["escaped"])
+    assert network <= without <= everything
+    assert "signal to the trainer" in attacks.run((*off, "namespaces", "uid"), ["signal to the trainer"])["escaped"]
