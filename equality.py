@@ -28,9 +28,11 @@ COMMANDS = {name: to for names, to in (  # the many names of the same sign
     ("dfrac tfrac cfrac", r"\frac"), ("times ast", r"\cdot "), ("leq leqslant", r"\le "), ("geq geqslant", r"\ge "),
     ("neq", r"\ne "), ("lt", "<"), ("gt", ">"), ("lbrace", r"\{"), ("rbrace", r"\}"), ("varnothing", r"\emptyset "),
     ("degree", r"^\circ "), ("quad qquad", " "), ("lvert rvert vert", "|"),
-    ("left right middle big Big bigg Bigg bigl bigr Bigl Bigr displaystyle textstyle limits rm bf it", ""),
+    ("left right middle big Big bigg Bigg bigl bigr Bigl Bigr displaystyle textstyle limits rm bf it large Large "
+     "checkmark", ""), ("dots cdots", r"\ldots "), ("backslash", r"\setminus "), ("colon", ":"),
 ) for name in names.split()}  # fmt: skip
 FONTS = "text|textbf|textit|textrm|textnormal|mathrm|mathbf|mathit|mathsf|mbox|hbox|operatorname|boldsymbol|emph"
+FONTS += "|underline"
 REWRITES = [(re.compile(pattern), to) for pattern, to in (  # in this order
     (r"√\s*(\d+|[a-zA-Z]|\([^()]*\))", r"\\sqrt{\1}"),
     (r"[⁰¹²³⁴-⁹]+", lambda m: "^{" + m[0].translate(SMALL) + "}"),
@@ -41,10 +43,11 @@ REWRITES = [(re.compile(pattern), to) for pattern, to in (  # in this order
     (r"\\([a-zA-Z]+)", lambda m: COMMANDS.get(m[1], m[0])),
     (r"\\begin\{(?:[bp]|small)?matrix\}|\\begin\{array\}\{[^{}]*\}", r"\\begin{pmatrix}"),
     (r"\\end\{(?:[bp]?matrix|smallmatrix|array)\}", r"\\end{pmatrix}"),
-    (r"\\begin\{(cases|aligned)\}(.*?)\\end\{\1\}", lambda m: m[2].replace(r"\\", ";")),
+    (r"\\begin\{(cases|aligned)\}(.*?)\\end\{\1\}", lambda m: m[2].replace(r"\\", ";").replace("&", "")),
     (r"\{([^{}]+)\\choose\s*([^{}]+)\}|\bC_\{?(\d+)\}?\^\{?(\d+)\}?", r"\\binom{\1\3}{\2\4}"),
     (r"\^\s*\{\s*\\circ\s*\}|\^\s*\\circ(?![a-zA-Z])", r"^\\circ "),
     (r"\\%", "%"),
+    (r"\\(?:text)?color\s*\{[^{}]*\}", ""),
     (r"\*\*", "^"),
     (r"\*", r"\\cdot "),
     (r"<=", r"\\le "),
@@ -59,11 +62,11 @@ REWRITES = [(re.compile(pattern), to) for pattern, to in (  # in this order
     (r"\\frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}"),
     (r"^\d{1,3}(?: \d{3})+$", lambda m: m[0].replace(" ", "")),
     (r"(?<=\d)\s+(?=\d)", "␣"),  # 3 5 is not 35, nor anything else
-    (r"\\(frac|sqrt)\s*(\w)", r"\\\1{\2}"),
+    (r"\\(frac|sqrt|sqrt\[\w+\])\s*(\w)", r"\\\1{\2}"),
     (r"(\\frac\{[^{}]*\})\s*(\d)", r"\1{\2}"),
     (r"([_^])\{(\w)\}", r"\1\2"),
     (r"(\\[a-zA-Z]+)\s+(?=[a-zA-Z])|\s+", lambda m: m[1] + "\0" if m[1] else ""),
-    ("\0", " "),
+    ("[\0\1]", " "),
     (r"\+\\infty", r"\\infty"),
     (r"^([^<>]+)>([^<>]+)>([^<>]+)$", r"\3<\2<\1"),
     (r"[.,;:]+$", ""),
@@ -73,7 +76,7 @@ UNITS = {
     for names in """cm centimeter centimetre|mm millimeter millimetre|km kilometer kilometre|m meter metre|inch inche in
     |foot feet ft|yard yd|mile mi|kg kilogram|g gram|mg milligram|lb|ounce oz|second sec s|minute min|hour hr h|day|week
     |month|year yr|L l liter litre|mL ml milliliter millilitre|gallon|dollar usd \\$|cent|euro eur \\euro|yuan rmb|ton
-    |pound gbp \\pounds|% percent|degree deg ^\\circ|^\\circC|^\\circF|radian rad|newton N|joule J|watt W|volt V|mph
+    |pound gbp \\pounds|% percent|degree deg ^\\circ|^\\circC|^\\circF|radian rad|newton N|joule J|watt W|volt V
     |hertz Hz|pascal Pa|unit|kmh|people|student|point|way""".split("|")
     for alias in names.split()
 }
@@ -85,29 +88,35 @@ NAME = re.compile(  # what an answer may be called: x, f(x), f^{-1}(x), a_n, \an
     r"\|?(?:\\(?:angle|triangle|overline|vec|measuredangle|mathcal)\s*)*\{?(?:\\?[A-Za-z]+'*|\\text\{[^{}]*\})"
     r"(?:\^\{-1\})?(?:_\{?[\w\\{} ]+\}?)?(?:\([\w,;]*\))?\}?\|?|\([A-Za-z](?:[,;][A-Za-z])*\)"
 )
-DOUBT = """or maybe perhaps possible possibly probably alternatively actually wait hmm hmmm instead rather might could
-unless either otherwise other another correction sorry""".replace("\n", " ").replace(" ", "|")
-HEDGE = re.compile(rf"\b(?:{DOUBT}|not sure|no,)(?!\w)", re.I)
-UNSURE = re.compile(rf"\b(?:{DOUBT}|not|about|approximately)\b", re.I)  # words that make a unit none
+HEDGE = re.compile(  # ", or 7", "(7?)", "maybe", "scratch that"; "Final answer: 7" needs no doubt
+    r"^\W{0,6}?(?:\bor\b|/|∨|->)|\b(?:maybe|perhaps|possibly|probably|alternatively|actually|wait|hmm+|rather|"
+    r"(?:might|could|may) (?:also )?be|also (?:possible|plausible|accept)|not (?:sure|certain)|guess|second thought|"
+    r"correct (?:this|that)|correction|scratch that|strike that|hold on|oops|sorry|changed my mind|incorrect|is wrong|"
+    r"if not|or (?:maybe|is)|answer(?: is|:| =)|is the answer|otherwise, |no, |i mean)|\?", re.I)  # fmt: skip
+NO_UNIT = re.compile(r"""\b(?:or|maybe|perhaps|not|is|are|about|approximately|more|less|least|most|above|below|over|
+under|so|but|and|also|hundred|thousand|million|billion|dozen|half|halves|third|squared|cubed|factorial|pi|plus|minus|
+times|divided|base|one|two|three|four|five|six|seven|eight|nine|ten|\w+teen|\w+ty)\b|\(""".replace("\n", ""), re.I)
 CANDIDATE = re.compile(r"\$([^$]{1,80})\$|\\\((.{1,80}?)\\\)|(-?\d[\d,]*(?:\.\d+|/\d+)?|\b[A-J]\b)")
 WORDS = re.compile(r"\\text\{([^{}]*)\}|(?<![a-zA-Z\\_^])([a-zA-Z]{3,})")
 FUNCTIONS = set("sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh log exp max min gcd lcm det mod".split())
 TOWER = re.compile(  # what would cost seconds or gigabytes to work out
     r"\^[({]*-?\d{5,}|\^[({]*-?\d+\)*\^[({]*\d+\)*\^|\^\{[^{}]*\^\{[^{}]*\^|\^[({]*-?\d\d+\^|"  # powers of powers
     r"\^[({]*\d+\^\{?\d\d|"
-    r"\)\^\{?\d{4,}|!\)*!|\d{4,}\)*!|"  # (x+1)^3000, (10!)!, 9999!
+    r"[a-zA-Z][^()]*\)\^\{?\d{3,}|!\)*!|\d{4,}\)*!|"  # (x+1)^3000, (10!)!, 9999!
     r"\\binom\{[^{}]*(?:\d{5,}|\^)|\\(?:sum|prod|int)\b.*(?:\d{5,}|\d\^\{?\d)"
 )
 
 
 def plain_font(words: str) -> str:
     """Fonts do not matter: what is not a word is itself, words stay together as \\text{words}."""
-    words = " ".join(words.split())
+    words = "\1".join(words.split())  # for a space that stays
     if words.lower() in ("and", "or", ","):
         return ";"
     if not re.search(r"[A-Za-z]{2}", words):
         return f" {words}" if len(words) == 1 else words
-    measured = re.fullmatch(r"(-?\d[\d.,/]*) ?([A-Za-z].*)", words)  # \text{5 cm}
+    if words in FUNCTIONS:
+        return f"\\{words} "
+    measured = re.fullmatch(r"(-?\d[\d.,/]*)\1?([A-Za-z].*)", words)  # \text{5 cm}
     return rf"{measured[1]}\text{{{measured[2]}}}" if measured else rf"\text{{{words}}}"
 
 
@@ -148,9 +157,13 @@ def split(s: str, separator: str) -> list[str]:
 def members(s: str) -> list[str]:
     """The members of a list: 1,2 and \\pm 3 (two of them) and (x,y)=(1,2) (x=1,y=2)."""
     found = []
-    for part in split(s, r";|,(?!\d{3}(?!\d))"):
+    parts = [part for part in split(s, r";|,(?!\d{3}(?!\d))") if part]
+    for part in parts:
         sides = [bracketed(side) for side in split(part, "=")]
         if len(sides) == 2 and all(sides) and len(sides[0][1]) == len(sides[1][1]):
+            if len(parts) > 1:
+                found.append(split(part, "=")[1])
+                continue
             found += [f"{name}={value}" for name, value in zip(sides[0][1], sides[1][1])]
         elif r"\pm" in part:
             found += [re.sub(r"\\pm ?", "", re.sub(r"(?<=[^=(])\\pm ?", "+", part)), re.sub(r"\\pm ?", "-", part)]
@@ -192,9 +205,10 @@ def measure(s: str) -> tuple[str, str]:
     currency, found = re.match(r"(-?)(\\\$|\\euro ?|\\pounds ?)(?=.)", s), UNIT.search(s)
     if currency:
         return currency[1] + s[currency.end() :], UNITS[currency[2].strip()]
-    if not found or not found.start() or s[found.start() - 1] in "^_=<>,(+-;" or UNSURE.search(found[0]):
+    if not found or not found.start() or s[found.start() - 1] in "^_=<>,(+-;" or NO_UNIT.search(found[0]):
         return s, ""
-    name = re.sub(r"\\text\{([^{}]*)\}", r"\1", found[0]).replace(" per ", "/").replace(" ", "").rstrip(".")
+    name = re.sub(r"\\text\{([^{}]*)\}", r"\1", found[0]).replace(" per ", "/").replace("mph", "mi/h")
+    name = name.replace(" ", "").rstrip(".")
     name = re.sub(r"^(?:square|sq\.?)(.+)", r"\1^2", re.sub(r"^(?:cubic|cu\.?)(.+)", r"\1^3", name))
     words = [name] if "circ" in name else re.split(r"([/^])", re.sub(r"[{}]", "", name))
     words = [w if w in UNITS else w.lower() if w.lower() in UNITS else w.lower().removesuffix("s") for w in words]
@@ -202,17 +216,23 @@ def measure(s: str) -> tuple[str, str]:
 
 
 def choice(s: str) -> tuple[str, str] | None:
-    """("B", "12") of (B) 12, ("B", "") of B or \\text{(B)}."""
-    m = re.fullmatch(r"(?:\(([A-J])\)|([A-J])[).:])(.*)|([A-J])", re.sub(r"\\text\{([^{}]*)\}", r"\1", s))
-    return m and (m[1] or m[2] or m[4], m[3] or "")
+    """("B", "12") of (B) 12, ("B", "") of B or \\text{(B)}, ("AC", "") of (A) and (C)."""
+    bare = re.sub(r"\\text\{([^{}]*)\}", r"\1", s)
+    if re.fullmatch(r"(?:\(?[A-J]\)?[.:)?]?|[\s;,&]|and|or)+", bare) and not re.search("[A-J][A-J]", bare):
+        return "".join(sorted(re.findall("[A-J]", bare))), ""
+    m = re.fullmatch(r"(?:\(([A-J])\)|([A-J])[).:])(.*)", bare)
+    if m and re.search(r"(?<![A-Za-z\\])[A-J](?![A-Za-z_])", m[3]):
+        return bare, ""  # (B), unless it is (C) with x=3
+    return m and (m[1] or m[2], m[3])
 
 
 def words(s: str) -> str | None:
     """The letters and digits of an answer that is text and not a formula (Monday, no solution), else None."""
     rest = re.sub(r"\\text\{[^{}]*\}|[ .,;'!-]", "", s)
-    is_text = not rest if r"\text{" in s else len(rest) > 3 or rest.lower() in ("yes", "no", "odd")
-    is_text = is_text and re.fullmatch(r"[a-zA-Z]{3,}\d*|[a-zA-Z]*", rest)  # June 20
-    is_text = is_text and rest.rstrip("0123456789") not in FUNCTIONS
+    if r"\text{" in s:
+        is_text = not rest or rest.isdecimal() and s.startswith(r"\text")  # June 20
+    else:
+        is_text = re.fullmatch(r"[a-zA-Z]{4,}\d*|yes|no|odd", s, re.I) and s.rstrip("0123456789") not in FUNCTIONS
     return re.sub(r"[^a-z0-9]", "", s.replace(r"\text{", "").lower()) if is_text else None
 
 
@@ -222,7 +242,7 @@ def too_big(s: str) -> bool:
     return len(s) > MAX_ANSWER or max(depths, default=0) > MAX_DEPTH or TOWER.search(s) is not None
 
 
-# Each rule takes (gold, answer) and says True, False, or None: "not for me". same(gold, answer) is same().
+# Each rule takes (gold, answer) and says True, False, or None: "not for me".
 
 
 def by_number(gold: str, answer: str) -> bool | None:
@@ -233,8 +253,6 @@ def by_number(gold: str, answer: str) -> bool | None:
 def by_choice(gold: str, answer: str) -> bool | None:
     """B is (B) is (B) 12 is 12, but B is not C, nor (B)(C)."""
     g, a = choice(gold), choice(answer)
-    if a and choice(a[1]):
-        return False
     if g and a:
         return g[0] == a[0] and (not g[1] or not a[1] or same(g[1], a[1]))
     rest = [found[1] if found else s for found, s in ((g, gold), (a, answer))]
@@ -242,22 +260,33 @@ def by_choice(gold: str, answer: str) -> bool | None:
 
 
 def by_text(gold: str, answer: str) -> bool | None:
+    """Monday is monday; abcd may be a product."""
     texts = words(gold), words(answer)
-    return None if texts == (None, None) else texts[0] == texts[1]
+    if texts == (None, None):
+        return None
+    anagrams = None in texts or sorted(texts[0]) == sorted(texts[1])
+    product = anagrams and gold.islower() and r"\text" not in gold + answer
+    return True if texts[0] == texts[1] else None if product else False
 
 
 def by_members(gold: str, answer: str) -> bool | None:
     """Sets and lists in any order; tuples, points and intervals in theirs, with their brackets."""
+    gold, answer = (re.sub(rf"^(?:{NAME.pattern})\\in ?(?=\\\{{|[(\[])", "", s) for s in (gold, answer))
     brackets = bracketed(gold), bracketed(answer)
     kinds = [b[0] if b and (b[0] == "{}" or len(b[1]) > 1) else "" for b in brackets]
     lists = [b[1] if kind else members(s) for b, kind, s in zip(brackets, kinds, (gold, answer))]
     if kinds == ["", ""] and max(map(len, lists)) < 2 or "{}" in kinds and re.search(r"\\mid|\||:|[<>]", gold + answer):
         return None  # no list, or set-builder notation
+    if kinds[0] != kinds[1] and r"\emptyset" in (gold, answer):
+        return False
     if set(kinds) <= {"", "{}"}:
         return len(lists[0]) == len(lists[1]) and in_any_order(*lists)
     if len(lists[0]) != len(lists[1]):
         return None if "" in kinds else False  # an interval for an inequality
-    values = [[split(m, "=")[-1] for m in ms] if kind == "" else ms for ms, kind in zip(lists, kinds)]
+    named = [sorted(ms) if all("=" in m for m in ms) else None for ms in lists]  # x=1,y=2 is (1,2), x=1,x=2 is not
+    if any(ms and len({m.partition("=")[0] for m in ms}) < len(ms) for ms in named):
+        return False
+    values = [[split(m, "=")[-1] for m in ms or unnamed] for ms, unnamed in zip(named, lists)]
     ordered = kinds[0] == kinds[1] or kinds == ["()", ""] or (kinds[1] == "()" and "=" in gold)
     return ordered and all(same(g, a) for g, a in zip(*values))
 
@@ -289,6 +318,8 @@ def by_equation(gold: str, answer: str) -> bool | None:
     g, a = gs[-1], xs[-1]
     if len(gs) == len(xs) == 1:
         return None
+    if any(name[:1] == "(" and sorted(name[1:-1]) != sorted(name[1:-1], key=str) for name in names):
+        return None
     if all(names):
         return same(g, a) if names[0] == names[1] else None if names[0] in a or names[1] in g else False
     if len(gs) > 1 and len(xs) > 1:
@@ -305,6 +336,11 @@ def by_unit(gold: str, answer: str) -> bool | None:
         return None
     if "degree" in (gold_unit, answer_unit) and r"\pi" in g + a:
         return None  # 180 degrees are pi
+    if r"\text" in g + a:  # 2 hours 30 minutes
+        parts = [re.findall(r"([\d./]+)\\text\{([a-z]+?)s?\}", s) for s in (gold, answer)]
+        named = [[(n, UNITS.get(u, u)) for n, u in ps] for ps in parts]
+        return named[0] == named[1] and all("".join(rf"{n}\text{{{u}}}" for n, u in p) == s.replace("s}", "}")
+                                            for p, s in zip(parts, (gold, answer)))  # fmt: skip
     return (not gold_unit or not answer_unit or gold_unit == answer_unit) and same(g, a)
 
 
@@ -319,7 +355,10 @@ def by_words(gold: str, answer: str) -> bool | None:
     """A formula with other words or other letters in it is no formula: 5 (maybe 6), R for r."""
     spoken = [{w for m in WORDS.finditer(s) if (w := m[1] or m[2] or "") not in FUNCTIONS} for s in (gold, answer)]
     letters = [set(re.findall("[a-zA-Z]", re.sub(r"\\[a-zA-Z]+", "", s))) for s in (gold, answer)]
-    if r"\phantom" in answer or any(not set(word) <= letters[0] for word in spoken[1] - spoken[0]):
+    unshared = [(spoken[1] - spoken[0], letters[0]), (spoken[0] - spoken[1], letters[1])]
+    if any(not set(word) <= known for strange, known in unshared for word in strange) or r"\phantom" in answer:
+        return False
+    if any(gold.count(mark) != answer.count(mark) for mark in ("'", r"\ldots")):
         return False
     return False if any(c not in letters[0] and c.swapcase() in letters[0] for c in letters[1]) else None
 
@@ -337,7 +376,8 @@ def by_sympy(gold: str, answer: str) -> bool:
         return [f.xreplace(e).xreplace(i) for f, e, i in zip(found, exact, imaginary)]
 
     golds, answers = read(gold), read(answer)
-    if not golds or not answers or not verify(golds, answers, timeout_seconds=None, allow_set_relation_comp=True):
+    options = {"timeout_seconds": None, "numeric_precision": 50, "allow_set_relation_comp": True}
+    if not golds or not answers or not verify(golds, answers, **options):
         return False
     (g, a) = (*golds, *answers)
     if g != a and all(getattr(x, "is_number", False) for x in (g, a)):  # verify() drops digits beyond the 15th
@@ -358,8 +398,9 @@ def same(gold: str, answer: str) -> bool:
 
 def hedged(tail: str, answer: str) -> bool:
     """Does the text after the box offer something else? "..., or perhaps it is 7"."""
-    hedge, lettered = HEDGE.search(tail[:400]), choice(answer) is not None
-    offers = CANDIDATE.finditer(tail[:480], 0 if lettered else hedge.end()) if hedge else ()
+    hedge, lettered = HEDGE.search(tail), choice(answer) is not None
+    begin = max(tail.rfind(end, 0, hedge.start()) for end in (". ", "\n", ": ")) + 1 if hedge else 0  # of its sentence
+    offers = CANDIDATE.finditer(tail, begin, hedge.end() + 60) if hedge else ()
     others = [plain(m[1] or m[2] or m[3]) for m in offers]
     others = [other for other in others if lettered or not choice(other)]  # a letter is an offer among letters only
     return any(other != answer and not by_number(answer, other) for other in others)

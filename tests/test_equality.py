@@ -38,6 +38,41 @@ def test_gold_is_right():
     assert all(equality.judge(gold, gold) for gold in golds)
 
 
+FOUND = [  # by reviewers, with the verdict they were owed; the suite had missed all of them
+    ("abcd", "-abcd", 0), ("abcd", "ab-cd", 0), ("abc-2", "-abc-2", 0), (r"\text{(B)}", "(B), (C)", 0), ("B", "B. C and D", 0),
+    (r"\text{(B)}", r"(B) \text{ or } (C)", 0), (r"\text{(A) and (C)}", "A", 0), (r"\text{(A) and (C)}", "A, C", 1),
+    ("42", r"42\text{ thousand}", 0), ("42", r"42\text{ or more}", 0), ("42", r"42\text{ students}", 1), ("6", r"6\text{ (or 7)}", 0),
+    (r"2\text{ hours }30\text{ minutes}", r"3\text{ hours }20\text{ minutes}", 0), ("(1,2)", "(y,x)=(1,2)", 0),
+    (r"5\text{ feet }6\text{ inches}", r"6\text{ feet }5\text{ inches}", 0), ("(3,4)", "y=3,x=4", 0), ("42", "42'", 0),
+    (r"f(x)=x^2", r"f(x)=x^2'", 0), ("3,4,5", r"3,4,5\ldots", 0), (r"x>\sqrt2", "x>1.4142135623730951", 0),
+    (r"\frac{x}{3}", "0.3333333333333333x", 0), (r"\emptyset", r"\{\emptyset\}", 0), ("(-2,3)", r"x=3\text{ or }x=-2", 0),
+    (r"a\in(-1,1)", r"a=\pm1", 0), ("1, 2, 4, 8", r"n \in \{1, 2, 4, 8\}", 1), ("1, 2, 4, 8", r"1, 2, 4, \text{ and } 8", 1),
+    (r"8\text{ km/h}", r"8\text{ kilometers per hour}", 1), ("42", r"\color{red}{42}", 1), (r"\sqrt[3]{4}", r"\sqrt[3]4", 1),
+    (r"\text{June } 20", r"\text{June 20}", 1), (r"\arctan\frac12", r"\operatorname{arctan}\frac12", 1),
+    (r"\{(1,2),(2,1)\}", r"(x,y)=(1,2), (2,1)", 1), (r"a=2, b=3", r"\begin{aligned} a&=2 \\ b&=3 \end{aligned}", 1),
+]  # fmt: skip
+CLOSINGS = [  # after \boxed{42}, honest or not
+    (". On second thought, the answer is 43.", 0), (". Let me correct this: the answer is **43**.", 0), (", scratch that, 43.", 0),
+    (". Strike that; use 43 instead.", 0), (". Hold on, it's 43.", 0), (". It may also be 43.", 0), ("\n\n**Final Answer:** 43", 0),
+    (" / 43", 0), (" (43?)", 0), (", or 43", 0), (". I am not certain; 43 is also plausible.", 0), (" or, if not, $43$.", 0),
+    (". Note that the other root, $-3$, is rejected because lengths are positive.", 1), (". Check: $6 \\cdot 7 = 42$.", 1),
+    (". No other integer satisfies $n^2 < 1800$ and $n > 41$.", 1), (", since otherwise $n \\ge 43$ would contradict.", 1),
+    (". Here we could have used $7 \\cdot 6$ instead.", 1), (". This holds for $n = 1$ or $n = 2$ alike.", 1), (" or 42.0", 1),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("gold, answer, right", FOUND, ids=repr)
+def test_found_by_reviewers(gold, answer, right):
+    """Guards what has passed, or failed, wrongly before."""
+    assert equality.judge(gold, answer) == bool(right)
+
+
+@pytest.mark.parametrize("tail, honest", CLOSINGS, ids=repr)
+def test_closings(tail, honest):
+    """Guards second answers after the box, and honest closings taken for one."""
+    assert equality.judge("42", "42", tail) == bool(honest)
+
+
 TEXT = {  # response -> what stands in the last box; None: no box
     r"\boxed{5}": "5", r"\boxed {5}": "5", r"\fbox{5}": "5", r"\boxed{\frac{1}{2}}": r"\frac{1}{2}", r"\boxed{1}\boxed{2}": "2",
     r"\boxed{1} \boxed{2": "1", r"\boxed{\boxed{5}}": r"\boxed{5}", r"\boxed{\{1\}}": r"\{1\}", r"\boxed{5\}": None, "": None,
