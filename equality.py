@@ -381,7 +381,8 @@ def by_sympy(gold: str, answer: str) -> bool:
         return False
     (g, a) = (*golds, *answers)
     if g != a and all(getattr(x, "is_number", False) for x in (g, a)):  # verify() drops digits beyond the 15th
-        return bool(abs(sympy.N(g - a, 60)) <= sympy.Float("1e-40") * max(1, abs(sympy.N(g, 60))))
+        gap, size = abs(sympy.N(g - a, 60)), max(abs(sympy.N(g, 60)), abs(sympy.N(a, 60)))
+        return bool(gap <= size * sympy.Float("1e-30") or gap < sympy.Float("1e-100"))
     return True
 
 

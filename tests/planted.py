@@ -141,7 +141,7 @@ BUGS = [
     Bug("units-ignored", "equality.py", "(not gold_unit or not answer_unit or gold_unit == answer_unit) and same(g, a)",
         "same(g, a)", EQUALITY),
     Bug("hedging-allowed", "equality.py", "return not hedged(tail, answer) and (", "return (", EQUALITY),
-    Bug("rounding", "equality.py", 'sympy.Float("1e-40")', 'sympy.Float("1e-5")', EQUALITY),
+    Bug("rounding", "equality.py", '"numeric_precision": 50', '"numeric_precision": 15', EQUALITY),
     Bug("towers", "equality.py", "not too_big(answer) and", "", EQUALITY),
     Bug("infra-scores-zero", "rewards.py", 'if r["status"] != "infra"]', "]", REWARDS),
 ]  # fmt: skip

@@ -45,7 +45,7 @@ FOUND = [  # by reviewers, with the verdict they were owed; the suite had missed
     (r"2\text{ hours }30\text{ minutes}", r"3\text{ hours }20\text{ minutes}", 0), ("(1,2)", "(y,x)=(1,2)", 0),
     (r"5\text{ feet }6\text{ inches}", r"6\text{ feet }5\text{ inches}", 0), ("(3,4)", "y=3,x=4", 0), ("42", "42'", 0),
     (r"f(x)=x^2", r"f(x)=x^2'", 0), ("3,4,5", r"3,4,5\ldots", 0), (r"x>\sqrt2", "x>1.4142135623730951", 0),
-    (r"\frac{x}{3}", "0.3333333333333333x", 0), (r"\emptyset", r"\{\emptyset\}", 0), ("(-2,3)", r"x=3\text{ or }x=-2", 0),
+    (r"\frac{x}{3}", "0.3333333333333333x", 0), ("e^{-100}", "e^{-101}", 0), (r"e^{2\ln 3}", "9", 1), (r"\emptyset", r"\{\emptyset\}", 0), ("(-2,3)", r"x=3\text{ or }x=-2", 0),
     (r"a\in(-1,1)", r"a=\pm1", 0), ("1, 2, 4, 8", r"n \in \{1, 2, 4, 8\}", 1), ("1, 2, 4, 8", r"1, 2, 4, \text{ and } 8", 1),
     (r"8\text{ km/h}", r"8\text{ kilometers per hour}", 1), ("42", r"\color{red}{42}", 1), (r"\sqrt[3]{4}", r"\sqrt[3]4", 1),
     (r"\text{June } 20", r"\text{June 20}", 1), (r"\arctan\frac12", r"\operatorname{arctan}\frac12", 1),
