@@ -120,14 +120,22 @@ PIECES = [*"0123456789+-*/=^_(){}[]<>|,.;:!?%$\\ \n'\"xyabABiIe&~`\0\ud800π√�
 TEXTS_OF = st.lists(st.sampled_from(PIECES), max_size=40).map("".join)
 
 
+def fast(job, limit: float) -> bool:
+    """CPU seconds of the second try count when the first is over: a collection of garbage is no slow case."""
+    for _ in range(2):
+        begun = time.process_time()
+        job()
+        if time.process_time() - begun < limit:
+            return True
+    return False
+
+
 @settings(max_examples=FUZZ)
 @given(TEXTS_OF, st.integers(1, 60))
 def test_fuzz_extraction(text, times):
     """Guards exceptions and slow cases in what runs inside the trainer."""
-    text, begun = text * times, time.process_time()
-    for find in (rewards.last_box, rewards.last_block, rewards.last_answer, rewards.answered):
-        find(text)
-    assert time.process_time() - begun < 0.5
+    finders = (rewards.last_box, rewards.last_block, rewards.last_answer, rewards.answered)
+    assert fast(lambda: [find(text * times) for find in finders], 0.5)
 
 
 @settings(max_examples=FUZZ)
@@ -135,15 +143,18 @@ def test_fuzz_extraction(text, times):
 def test_fuzz_exact_rules(gold, answer, tail, times):
     """Guards exceptions, slow cases and answers that pass for a gold they have nothing to do with. Without sympy, which
     would take hours: test_fuzz_score has it."""
-    rules, begun = equality.RULES[:-1], time.process_time()
-    try:
-        equality.RULES[-1:] = [lambda g, a: False]
+
+    def job():
         assert equality.judge("123457", answer * times, tail) in (False, "123457" in equality.plain(answer * times))
         equality.judge(gold * times, answer, tail)
         assert equality.judge(gold, gold) or not equality.plain(gold)
+
+    rules = equality.RULES[:-1]
+    try:
+        equality.RULES[-1:] = [lambda g, a: False]
+        assert fast(job, 1.0)
     finally:
         equality.RULES[:] = [*rules, equality.by_sympy]
-    assert time.process_time() - begun < 1.0
 
 
 def test_fuzz_score():
