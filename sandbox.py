@@ -11,7 +11,7 @@ its output (memory files: nothing blocks on a pipe, a flood ends at a size), has
   landlock    files: reading below the interpreter's own folders, nothing else; no TCP, signals out, abstract sockets
   seccomp     about a hundred system calls are known, the rest does not exist: no fork, exec, sockets, ptrace, writing
 and always: a session and a parent-death signal for each child, no_new_privs, no core or ptrace by others of its uid.
-None of them is enough alone (tests/test_sandbox.py switches each off); seccomp plus one of the other three is required.
+None of them is enough alone (tests/test_sandbox.py switches each off); seccomp plus Landlock or namespaces is required.
 
 Protocol, on stdin and stdout: 4 bytes of length, JSON. First a configuration {"path", "preload", "warm_up", "off"}
 in, {"layers", "missing"} out. Then jobs: {"kind": "stdin" | "call", "fn_name", "cpu", "wall", "memory", "output",
