@@ -1,34 +1,97 @@
 """Which prompts, in which order, as which token ids; and which sequences share a micro-batch.
 
-Owns: loading or generating rows, prompt wording, the order of rows, token-budget planning. Pure Python: every function
-here gives the same answer for the same arguments on every rank, so no rank ever has to ask another one.
-Refuses to know: models, rewards, torch.
-Left out on purpose: a DataLoader. Batch `step` is a function of (rows, step, size, seed); resuming is passing the step.
+Owns: loading or generating rows, leaving out those that cannot teach, prompt wording, the order of rows and tasks,
+token-budget planning. Every function gives the same answer on every rank, so no rank ever has to ask another one.
+Refuses to know: models, torch, rewards (which answers can be judged, it asks the program rewards.py).
+Left out on purpose: a DataLoader (batch `step` is a function of rows, step, size, seed; resuming is passing the step)
+and preprocessing (`load` reads the published files, and keeps what it worked out in the cache of datasets).
 
 A row is the only contract with rewards.py: {"task": str, "prompt": str | list[dict], "answer": ..., "id": str}.
 "prompt" is text for a base model, or chat messages, to which the tokenizer's template is applied at run time.
 """
+import base64
 import hashlib
+import json
+import os
+import pickle
 import random
+import re
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
 from fractions import Fraction
-from functools import partial
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Literal, NamedTuple
 
-# ---------------------------------------------------------------------------------------------- Countdown, generated
 
-BASE_PROMPT = (
+@dataclass
+class Source:
+    """which prompts, and how they are worded"""
+    task: str = "countdown"  # NAME[:WEIGHT],...: countdown, countdown3, math, code, rg:NAME (of reasoning-gym)
+    data: tuple[str, ...] = ()  # file, folder or hub id for all tasks or for each, [:prompt=COLUMN,answer=COLUMN,...]
+    template: Literal["base", "chat"] = "base"  # plain text for base models, chat messages for instruct models
+    system_prompt: str = "drop"  # of a dataset: drop, keep, or the text to use instead
+    max_prompt_tokens: int = 1000  # rows with longer prompts are left out; counted with the template
+
+
+class Data(NamedTuple):
+    """What `load` found; a task is named as in --task."""
+    train: dict[str, Sequence[dict]]
+    test: dict[str, list[dict]]  # held-out rows
+    weights: dict[str, Fraction]  # of each task in a batch
+    report: str  # what was kept and what was left out, by source and reason
+
+
+# ---------------------------------------------------------------------------------------------------- prompt wording
+
+BASE_COUNTDOWN = (
     "Use the numbers {numbers} exactly once each with + - * / and parentheses to make {target}. "
     "Think inside <think> </think>, then write the expression inside <answer> </answer>.\n<think>"
 )
-CHAT_PROMPT = (
+CHAT_COUNTDOWN = (
     "Make {target} out of the numbers {numbers}. Use each of them exactly once, with + - * / and parentheses. "
     "Think first, inside <think> </think>. Then write nothing but the expression inside <answer> </answer>, "
     "for example <answer>(1+2)/3</answer>."
 )
+BASE_ENDING = "\n\nThink inside <think> </think>, then answer.\n<think>"
+INSTRUCTIONS = {  # task -> (what its reward looks for, what is said where the question does not mention that)
+    "math": ("\\boxed", "\n\nPut the final answer inside \\boxed{}."),
+    "code": ("```", "\n\nWrite the whole program in Python, in one block between ```python and ```."),
+    "rg": ("<answer>", "\n\nWrite nothing but the final answer inside <answer> </answer>."),
+}
+
+
+def ask_countdown(numbers: list[int], target: int, template: str) -> str | list[dict]:
+    words = {"numbers": ", ".join(map(str, numbers)), "target": target}
+    chat = [{"role": "user", "content": CHAT_COUNTDOWN.format(**words)}]
+    return chat if template == "chat" else BASE_COUNTDOWN.format(**words)
+
+
+def ask(messages: list[dict], task: str, template: str) -> str | list[dict]:
+    """Messages with the instruction that the reward needs; for a base model one plain text that it can go on with."""
+    mark, instruction = INSTRUCTIONS[task.partition(":")[0]]
+    *before, last = messages
+    if mark not in last["content"]:
+        last = last | {"content": last["content"] + instruction}
+    return [*before, last] if template == "chat" else "\n\n".join(m["content"] for m in [*before, last]) + BASE_ENDING
+
+
+def encode(prompts: list[str | list[dict]], tokenizer) -> list[list[int]]:
+    """Token ids of the prompts, chat template included (applied here and never baked into files); the same ids are
+    fed to the engine and to the trainer."""
+    chat = {"add_generation_prompt": True, "tokenize": False}
+    texts = [p if isinstance(p, str) else tokenizer.apply_chat_template(p, **chat) for p in prompts]
+    return tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
+
+
+# -------------------------------------------------------------------------------------------------- rows made by rule
 
 
 def is_held_out(numbers: list[int]) -> bool:
-    """One set of numbers in ten belongs to the test split, whatever the seed: no test problem shares its numbers with
-    a training problem."""
+    """One set of numbers in ten belongs to the test split, whatever the seed; no training problem shares it."""
     return hashlib.sha256(repr(sorted(numbers)).encode()).digest()[0] % 10 == 0
 
 
@@ -51,54 +114,403 @@ def countdown(
         if target.denominator != 1 or not 1 <= target <= 100 or key in seen:
             continue
         seen.add(key)
-        words = {"numbers": ", ".join(map(str, numbers)), "target": int(target)}
-        if template == "chat":
-            prompt = [{"role": "user", "content": CHAT_PROMPT.format(**words)}]
-        else:
-            prompt = BASE_PROMPT.format(**words)
+        prompt = ask_countdown(numbers, int(target), template)
         answer = {"numbers": numbers, "target": int(target)}
         out.append({"task": "countdown", "prompt": prompt, "answer": answer, "id": f"countdown-{split}-{len(out)}"})
     return out
 
 
-# ------------------------------------------------------------------------------------------------- rows to token ids
+def gym(name: str, split: str, seed: int, template: str) -> list[dict]:
+    """Rows of a reasoning-gym task; the answer is the whole problem, for its own scorer. The test rows are the same for
+    every seed, and no training row asks the same question."""
+    try:
+        import reasoning_gym
+    except ImportError as error:
+        raise ValueError(f"task=rg:{name} needs a package: pip install reasoning-gym") from error
+    if name not in reasoning_gym.factory.DATASETS:
+        raise ValueError(f"task=rg:{name}: reasoning-gym has {', '.join(sorted(reasoning_gym.factory.DATASETS))}")
+    test = {p["question"]: p for p in reasoning_gym.create_dataset(name, seed=0, size=256)}
+    train = reasoning_gym.create_dataset(name, seed=seed + 1, size=2_000) if split == "train" else ()
+    out = []
+    for p in test.values() if split == "test" else (p for p in train if p["question"] not in test):
+        answer = {"name": name, "entry": base64.b64encode(pickle.dumps(p)).decode()}
+        prompt = ask([{"role": "user", "content": p["question"]}], "rg", template)
+        out.append({"task": f"rg:{name}", "prompt": prompt, "answer": answer, "id": f"{name}-{split}-{len(out)}"})
+    return out
 
 
-def load(task: str, split: str, seed: int = 0, template: str = "base", limit: int | None = None) -> list[dict]:
-    """The rows of `task`; split is "train" or "test". `limit` keeps the first so many."""
-    if task not in TASKS:
-        raise ValueError(f"task={task!r} is not known: use one of {sorted(TASKS)}, or add a loader to TASKS in data.py")
-    if split not in ("train", "test"):
-        raise ValueError(f"split={split!r}: use 'train' or 'test'")
-    if template not in ("base", "chat"):
-        raise ValueError(f"template={template!r}: use 'base' or 'chat'")
-    return TASKS[task](split, seed, template)[:limit]
+TASKS = {  # task -> loader(split, seed, template) of rows that need no file; split is "train" or "test"
+    "countdown": countdown,  # 3 or 4 numbers up to 99, as in TinyZero
+    "countdown3": partial(countdown, sizes=(3,), max_number=20, train=10_000),  # for models of 1M parameters
+}
+
+# ------------------------------------------------------------------------------------------- rows of published files
+
+DEFAULT = dict.fromkeys(("math", "code"), "PRIME-RL/Eurus-2-RL-Data") | {"countdown": None}  # tasks read from files
+CONFIG = {"openai/gsm8k": "main"}  # hub ids that will not load without
+TINYZERO = 327_680, 1_024  # rows of Countdown-Tasks-3to4 for training, and the next ones for testing
+FILES = {".parquet": "parquet", ".jsonl": "text"}  # file name -> builder of datasets; lines are parsed here, with names
+HELD_OUT = ("validation", "test", "val", "dev")  # names of the split to evaluate on, the first that there is
+PROMPTS = ("prompt", "question", "problem", "instruction")  # columns, the first that there is
+BOXED = re.compile(r"\\boxed\{((?:[^{}]|\{(?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*\})*)\}")
+ANSWERS = ("answer", "solution", "final_answer", "ground_truth", "expected_answer")
 
 
-def encode(row: dict, tokenizer, max_tokens: int) -> list[int]:
-    """Token ids of the prompt, chat template included (applied here and never baked into files); the same ids are
-    fed to the engine and to the trainer."""
-    if isinstance(row["prompt"], str):
-        ids = tokenizer(row["prompt"], add_special_tokens=False)["input_ids"]
-    else:
-        ids = tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, return_dict=True)["input_ids"]
-    if not 0 < len(ids) <= max_tokens:
-        raise ValueError(
-            f"row {row['id']}: its prompt has {len(ids)} tokens, allowed are 1 to max_prompt_tokens={max_tokens}: "
-            f"raise --max_prompt_tokens or drop the row"
-        )
-    return ids
+class BadRow(ValueError):
+    """Why a row is left out, in words that many rows share."""
 
 
-def batch(rows: list[dict], step: int, size: int, seed: int = 0) -> list[dict]:
-    """Batch `step` (0, 1, ...) of `size` rows. Every row comes once an epoch; each epoch has its own order."""
-    out: list[dict] = []
-    for i in range(step * size, (step + 1) * size):
-        epoch, place = divmod(i, len(rows))
-        if not out or place == 0:
-            order = list(range(len(rows)))
-            random.Random(f"epoch {epoch} {seed}").shuffle(order)
-        out.append(rows[order[place]])
+def need(ok, reason: str) -> None:
+    if not ok:
+        raise BadRow(reason)
+
+
+def parse_json(text: str, reason: str):
+    try:
+        return json.loads(text, parse_constant=lambda name: need(False, reason))  # NaN, Infinity
+    except (ValueError, RecursionError, TypeError):
+        raise BadRow(reason) from None
+
+
+def math_answer(given) -> str:
+    """LaTeX from an answer, or from a solution that ends with it: "#### 72" (GSM8K) or \\boxed{72} (MATH)."""
+    need(given not in (None, ""), "no answer")
+    finite = isinstance(given, (str, int)) or isinstance(given, float) and abs(given) < float("inf")
+    need(finite and not isinstance(given, bool), "answer of the wrong type")
+    text = str(given).rpartition("####")[2]
+    text = (BOXED.findall(text) or [""])[-1] if "\\boxed{" in text else text
+    need(text.strip(), "no answer")
+    return text.strip()
+
+
+def code_answer(given) -> dict:
+    """{"inputs", "outputs", "fn_name"} from the same, perhaps as JSON text; the tests are what rewards.code can run."""
+    tests = parse_json(given, "tests are no JSON") if isinstance(given, str) else given
+    mistyped = "tests of the wrong type"
+    need(given, "no tests")
+    need(isinstance(tests, dict), mistyped)
+    inputs, outputs, name = tests.get("inputs"), tests.get("outputs"), tests.get("fn_name") or None
+    need(inputs and outputs, "no tests")
+    need(isinstance(inputs, list) and isinstance(outputs, list) and isinstance(name, str | None), mistyped)
+    need(len(inputs) == len(outputs), "unequal numbers of inputs and outputs")
+    if name is None:  # text on stdin and stdout, or its lines
+        lines = [line for test in (*inputs, *outputs) for line in (test if isinstance(test, list) else [test])]
+        need(all(isinstance(line, str) for line in lines), mistyped)
+    else:  # arguments as JSON, one a line, or in a list; a result as JSON
+        need(all(isinstance(test, str | list) for test in inputs), mistyped)
+        lines = [line for test in inputs if isinstance(test, str) for line in test.split("\n")]
+        for text in filter(str.strip, lines + [test for test in outputs if isinstance(test, str)]):
+            parse_json(text, "tests are no JSON")
+    return {"inputs": inputs, "outputs": outputs, "fn_name": name}
+
+
+def read(raw: dict, number: int, split: str, wanted: list[str], columns: dict[str, str], source: Source) -> dict:
+    """A row of ours from row `number` of a file, in any of the published schemas; BadRow when there is none in it."""
+    if list(raw) == ["text"]:  # a line of a JSONL file
+        text = raw["text"].removeprefix("\ufeff")
+        need(text.strip(), "empty line")
+        raw = parse_json(text, "not UTF-8" if re.search(r"\\x[89a-f][0-9a-f]", text) else "no JSON")
+        need(isinstance(raw, dict), "no JSON object")
+    for name, column in columns.items():
+        need(column in raw, f"no column {column!r}")
+        raw = raw | {name: raw[column]}
+    rule = raw.get("reward_model")
+    gold = rule.get("ground_truth") if isinstance(rule, dict) else None
+    raw = raw | gold if isinstance(gold, dict) and "target" in gold else raw  # TinyZero's files
+    task = raw.get("task") or ("countdown" if "target" in raw else raw.get("ability") or wanted[0])
+    need(task in wanted, f"task {task} not asked for" if str(task).isidentifier() else "task not asked for")
+    where = str(raw.get("data_source") or task)
+    row = {"task": task, "source": where, "id": f"{where}-{split}-{number}"}
+
+    if task == "countdown":
+        numbers, target = raw.get("numbers", raw.get("nums")), raw.get("target")
+        need(numbers is not None and target is not None, "no numbers or no target")
+        whole = isinstance(numbers, list) and numbers and all(type(n) is int for n in [*numbers, target])
+        need(whole, "numbers or target of the wrong type")
+        answer = {"numbers": numbers, "target": target}
+        return row | {"prompt": ask_countdown(numbers, target, source.template), "answer": answer, "asked": str(answer)}
+
+    messages = next((raw[name] for name in PROMPTS if raw.get(name) is not None), None)
+    need(messages is not None, "no prompt")
+    messages = [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
+    need(isinstance(messages, list) and all(isinstance(m, dict) for m in messages), "prompt neither text nor messages")
+    texts = [m.get(key) for m in messages for key in ("role", "content")]
+    need(all(isinstance(text, str) for text in texts), "prompt neither text nor messages")
+    need(messages and texts[-2] == "user" and texts[-1].strip(), "no question in the prompt")
+    if gold is None:
+        gold = raw if "inputs" in raw else next((raw[name] for name in ANSWERS if raw.get(name) is not None), None)
+    answer = (math_answer if task == "math" else code_answer)(gold)
+    spoken = [m for m in messages if m["role"] != "system"]
+    asked = "\n".join(m["content"] for m in spoken)
+    if source.system_prompt != "keep":
+        messages = spoken
+    if source.system_prompt not in ("keep", "drop"):
+        messages = [{"role": "system", "content": source.system_prompt}, *messages]
+    try:
+        json.dumps([messages, answer], ensure_ascii=False).encode()
+    except UnicodeEncodeError:  # half of a pair, from a JSON escape
+        raise BadRow("not UTF-8") from None
+    return row | {"prompt": ask(messages, task, source.template), "answer": answer, "asked": asked}
+
+
+def prepare(table, indices: list[int], reader, tokenizer, limit: int) -> dict[str, list]:
+    """Of a batch of rows: what they are and their ids, or why they are left out."""
+    out, prompts = [], []
+    for i, index in enumerate(indices):
+        raw, row, why = {}, {}, ""
+        try:
+            raw = {name: table[name][i].as_py() for name in table.column_names}
+            row = reader(raw, index + 1)
+        except UnicodeDecodeError:
+            why = "not UTF-8"
+        except BadRow as error:
+            why = str(error)
+        where, task = str(raw.get("data_source") or row.get("source", ""))[:26], row.get("task", "")
+        asked = hashlib.sha256(" ".join(row.get("asked", "").split()).encode()).digest()[:8]  # spaces aside
+        out.append({"source": where, "task": task, "dropped": why, "asked": int.from_bytes(asked, signed=True)})
+        out[-1]["math"] = row["answer"] if task == "math" else ""
+        prompts.append(row.get("prompt", ""))
+    for row, ids in zip(out, encode(prompts, tokenizer)):
+        row["dropped"] = row["dropped"] or (f"prompt over {limit} tokens" if len(ids) > limit else "")
+        row["ids"] = [] if row["dropped"] else ids
+    return {name: [row[name] for row in out] for name in out[0]}
+
+
+class Rows(Sequence):
+    """Rows of one file or several, read when asked for: tests of programs come to gigabytes and stay on disk."""
+    def __init__(self, table, prepared, reader, chosen: list[int]):
+        self.table, self.prepared, self.reader, self.chosen = table, prepared, reader, chosen
+
+    def __len__(self) -> int:
+        return len(self.chosen)
+
+    def __getitem__(self, i):
+        if isinstance(i, slice):
+            return [self[k] for k in range(*i.indices(len(self)))]
+        index = self.chosen[i]
+        return self.reader(self.table[index], index + 1) | {"ids": self.prepared[index]["ids"]}
+
+
+def open_tables(path: str, options: dict[str, str]) -> dict:
+    """{"train": table, perhaps "test": table} of a file, a folder of files or a hub id, with the rows on disk."""
+    import datasets
+
+    where, files, tables = Path(path).expanduser(), {}, {}
+    if where.is_dir():
+        names = dict.fromkeys(["train", *HELD_OUT, *options.values()])
+        files = {name: sorted(p for p in where.rglob(f"{name}*") if p.suffix in FILES) for name in names}
+    elif where.suffix in FILES:
+        files = {"train": [where]} | ({options["test"]: [Path(options["test"])]} if "test" in options else {})
+    try:
+        for split, found in files.items():
+            if found:
+                (kind,) = {FILES.get(p.suffix, "text") for p in found}  # not both
+                more = {"encoding_errors": "backslashreplace"} if kind == "text" else {}  # bad bytes: \\xff, no JSON
+                given = [str(p) for p in found]
+                tables[split] = datasets.load_dataset(kind, data_files=given, split="train", **more)
+        tables = tables if files else dict(datasets.load_dataset(path, options.get("config", CONFIG.get(path))))
+    except Exception as error:  # the libraries below raise a dozen kinds
+        what = "cannot be read" if files else "is no file or folder here, and no hub id that can be reached"
+        raise ValueError(f"data={path!r} {what}: {error}") from error
+    train = options.get("train", "train")
+    test = options.get("test") or next((name for name in HELD_OUT if name in tables and name != train), None)
+    for name in {train, test} - {None, *tables}:
+        raise ValueError(f"data={path!r} has {sorted(tables)}, no {name!r}: say which, {path}:train=...,test=...")
+    return {"train": tables[train]} | ({"test": tables[test]} if test else {})
+
+
+def prepare_table(table, reader, tokenizer, limit: int, key: str, progress: bool):
+    """The table that `prepare` makes, and the math answers in it that the verifier cannot read; from the cache when
+    nothing has changed. Whichever process comes first works on all cores, the others wait for it."""
+    import datasets
+    from filelock import FileLock
+
+    code = [Path(__file__).with_name(name).read_text() for name in ("data.py", "rewards.py", "equality.py")]
+    text = [table._fingerprint, key, tokenizer.backend_tokenizer.to_str(), str(tokenizer.chat_template), *code]
+    name = hashlib.sha256("\n".join(text).encode()).hexdigest()[:32]
+    folder = Path(datasets.config.HF_DATASETS_CACHE, f"ppo-{name}")
+    folder.mkdir(parents=True, exist_ok=True)
+    verdicts, cores = folder / "unreadable.json", len(os.sched_getaffinity(0))
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # processes are enough; forks of threads are trouble
+    (datasets.enable_progress_bars if progress else datasets.disable_progress_bars)()
+    with FileLock(folder / "lock"):
+        prepared = table.with_format("arrow").map(
+            partial(prepare, reader=reader, tokenizer=tokenizer, limit=limit), with_indices=True, batched=True,
+            batch_size=256, remove_columns=table.column_names, new_fingerprint=name, desc="filtering",
+            cache_file_name=str(folder / "rows.arrow"), num_proc=cores if len(table) > 5000 else None,
+        ).with_format(None)  # fmt: skip
+        if not verdicts.exists():
+            answers = {a for a, why in zip(prepared["math"], prepared["dropped"]) if a and not why}
+            answers = sorted(a for a in answers if not re.fullmatch(r"-?\d{1,30}", a))
+            program = [sys.executable, Path(__file__).with_name("rewards.py"), "readable", *["--progress"] * progress]
+            given = {"input": json.dumps(answers).encode(), "stdout": subprocess.PIPE, "check": True}
+            said = json.loads(subprocess.run(program, **given).stdout) if answers else []
+            verdicts.with_suffix(".new").write_text(json.dumps([a for a, ok in zip(answers, said) if not ok]))
+            verdicts.with_suffix(".new").rename(verdicts)
+    return prepared, set(json.loads(verdicts.read_text()))
+
+
+class Split(NamedTuple):
+    """One split of one source."""
+    path: str
+    name: str  # train or test
+    table: Sequence
+    prepared: Sequence
+    reader: partial
+    tasks: list[str]  # of each row
+    asked: list[int]  # a hash of the question
+    dropped: list[str]  # why a row is left out, or ""
+
+    def rows(self, task: str) -> Rows:
+        chosen = [i for i, (t, why) in enumerate(zip(self.tasks, self.dropped)) if t == task and not why]
+        return Rows(self.table, self.prepared, self.reader, chosen)
+
+    def report(self) -> str:
+        """Rows, kept and dropped, of every data_source; and how many for which reason, with the first of them."""
+        counts: dict[str, Counter] = {}
+        first: dict[tuple[str, str], int] = {}
+        for i, (where, why) in enumerate(zip(self.prepared["source"], self.dropped)):
+            counts.setdefault(where, Counter())[why] += 1
+            first.setdefault((where, why), i + 1)
+        lines = [f"{self.path}, {self.name}:".ljust(28) + "      rows      kept   dropped"]
+        for where, count in sorted(counts.items()):
+            total, kept = count.total(), count.pop("", 0)
+            lines.append(f"  {where:26s}{total:10,d}{kept:10,d}{total - kept:10,d}")
+            lines += [f"    {n:,} {why} (first: row {first[where, why]:,})" for why, n in count.most_common()]
+        return "\n".join(lines[:200] + ["  ..."] * (len(lines) > 200))  # data_source may differ in every row
+
+
+def mixture(text: str) -> dict[str, Fraction | None]:
+    """{task: weight} of "math:0.8,code:0.2", or of "math,code"."""
+    found: dict[str, Fraction | None] = {}
+    for part in text.split(","):
+        name, colon, weight = part.rpartition(":")
+        name, weight = (name, weight) if colon and name != "rg" else (part, None)
+        if name not in TASKS and name not in DEFAULT and not re.fullmatch("rg:.+", name) or name in found:
+            why = f"use each once: {', '.join(TASKS | DEFAULT)}, rg:NAME; a new one goes into TASKS in data.py"
+            raise ValueError(f"task={text!r}: {name!r} is not known, or stands there twice: {why}")
+        number = re.fullmatch(r"\d+(?:\.\d*)?|\.\d+|\d+/0*[1-9]\d*", weight or "1")
+        found[name] = weight and Fraction(weight if number else 0)
+    if len({weight is None for weight in found.values()}) > 1 or 0 in found.values():
+        raise ValueError(f"task={text!r}: give every task a weight above 0, as in math:0.8,code:0.2, or none")
+    return found
+
+
+def open_source(place: str, wanted: list[str], source: Source, tokenizer, progress: bool) -> list[Split]:
+    """The splits of "PATH:key=value,...", prepared."""
+    path, keys = re.fullmatch(r"(.*?)(?::(\w+=[^,=]+(?:,\w+=[^,=]+)*))?", place).groups()
+    options = dict(part.split("=") for part in keys.split(",")) if keys else {}
+    columns = {name: options.pop(name) for name in ("prompt", "answer") if name in options}
+    if set(options) - {"train", "test", "config"}:
+        raise ValueError(f"data={place!r}: after the colon come prompt=, answer=, train=, test=, config=")
+    splits = []
+    for name, table in open_tables(path, options).items():
+        reader = partial(read, split=name, wanted=wanted, columns=columns, source=source)
+        key = f"{wanted} {columns} {source.template} {source.system_prompt} {source.max_prompt_tokens} {name}"
+        prepared, bad = prepare_table(table, reader, tokenizer, source.max_prompt_tokens, key, progress)
+        why = "answer that cannot be read by the verifier"
+        dropped = [w or (why if answer in bad else "") for w, answer in zip(prepared["dropped"], prepared["math"])]
+        splits.append(Split(path, name, table, prepared, reader, prepared["task"][:], prepared["asked"][:], dropped))
+    if len(splits) == 1:
+        splits.append(hold_out(splits[0]))
+    return splits
+
+
+def hold_out(train: Split) -> Split:
+    """A test split for a source without one, the same in every run; what goes there is marked in `train`."""
+    rows, out, unused = range(len(train.asked)), set(), range(0)
+    if len(rows) >= sum(TINYZERO) and "countdown" in train.tasks:
+        out, unused = rows[TINYZERO[0] : sum(TINYZERO)], rows[sum(TINYZERO) :]
+    for task in set(train.tasks) if not unused else ():
+        own = [i for i in rows if train.tasks[i] == task and not train.dropped[i]]
+        asked = sorted({train.asked[i] for i in own})  # by the hash; the same question stays together
+        asked = set(asked[: max(1, min(1_024, len(asked) // 50))])
+        out |= {i for i in own if train.asked[i] in asked}
+    test = train._replace(name="test", dropped=[train.dropped[i] or ("" if i in out else "for training") for i in rows])
+    for i in rows:
+        train.dropped[i] = train.dropped[i] or ("held out" if i in out else "spare" if i in unused else "")
+    return test
+
+
+def open_sources(names: list[str], source: Source, tokenizer, progress: bool) -> list[tuple[list[str], list[Split]]]:
+    """[(tasks, [train, test])] of the sources in files; no training row asks what any test row asks."""
+    readers = [name for name in names if name in DEFAULT]
+    if len(source.data) not in (0, 1, len(readers)) or source.data and not readers:
+        text = f"data={list(source.data)} for task={source.task}: give one source, or one for each"
+        raise ValueError(f"{text} of the {len(readers)} tasks that read files: {', '.join(readers)}")
+    given = source.data * len(readers) if len(source.data) == 1 else source.data or map(DEFAULT.get, readers)
+    pairs = [(name, place) for name, place in zip(readers, given) if place]  # without a place: made by rule
+    places = {place: [n for n, p in pairs if p == place] for _, place in pairs}
+    if source.template not in ["base"] + ["chat"] * (tokenizer.chat_template is not None):
+        what = f"template={source.template!r}, and {tokenizer.name_or_path!r} has"
+        raise ValueError(f"{what} {'no' if tokenizer.chat_template is None else 'a'} chat template: use base or chat")
+    opened = [(wanted, open_source(place, wanted, source, tokenizer, progress)) for place, wanted in places.items()]
+    seen = {asked for _, (_, test) in opened for asked, why in zip(test.asked, test.dropped) if not why}
+    for _, (train, _) in opened:
+        both = zip(train.asked, train.dropped)
+        train.dropped[:] = [why or ("also in the test split" if asked in seen else "") for asked, why in both]
+    for (wanted, splits), place in zip(opened, places):
+        for task, split in ((task, split) for task in wanted for split in splits if not len(split.rows(task))):
+            fix = f"columns can be named: --data {split.path}:prompt=COLUMN,answer=COLUMN"
+            what = f"data={place!r} has no row for task={task}, {split.name}; its first row is {split.table[:1]}"
+            raise ValueError(f"{what:.500}; {fix}\n{split.report()}")
+    return opened
+
+
+def load(source: Source, tokenizer, seed: int = 0, eval_rows: int = 256, progress: bool = False) -> Data:
+    """All rows of a run, each with its "ids". Raises ValueError where flags and files do not fit together."""
+    weights, train, test = mixture(source.task), {}, {}
+    opened = open_sources(list(weights), source, tokenizer, progress)
+    for name, splits in ((name, splits) for wanted, splits in opened for name in wanted):
+        train[name], test[name] = splits[0].rows(name), splits[1].rows(name)[:eval_rows]
+    for name in weights.keys() - train.keys():
+        make = partial(gym, name[3:]) if name.startswith("rg:") else TASKS[name]
+        train[name], test[name] = make("train", seed, source.template), make("test", seed, source.template)[:eval_rows]
+        for row in train[name] + test[name]:
+            (row["ids"],) = encode([row["prompt"]], tokenizer)
+            if not 0 < len(row["ids"]) <= source.max_prompt_tokens:
+                limits = f"allowed are 1 to max_prompt_tokens={source.max_prompt_tokens}: raise --max_prompt_tokens"
+                raise ValueError(f"row {row['id']}: its prompt has {len(row['ids'])} tokens, {limits}")
+    known = {name: Fraction(weight or len(train[name])) for name, weight in weights.items()}
+    report = "\n".join(split.report() for _, splits in opened for split in splits)
+    return Data({n: train[n] for n in weights}, {n: test[n] for n in weights}, known, report)
+
+
+# ------------------------------------------------------------------------------------------------- the order of rows
+
+
+@lru_cache(maxsize=16)
+def order(count: int, epoch: int, seed: int) -> list[int]:
+    places = list(range(count))
+    random.Random(f"epoch {epoch} {seed}").shuffle(places)
+    return places
+
+
+def drawn(total: int, weights: dict[str, Fraction]) -> dict[str, int]:
+    """How many of the first `total` rows of a run come from each task: its share, give or take one for every task. A
+    growing total never takes one back."""
+    shares = {name: Fraction(w) for name, w in weights.items()}
+    out, left, weight = {}, total, sum(shares.values())
+    for name, w in shares.items():
+        out[name] = int(left * w / weight)
+        left, weight = left - out[name], weight - w
+    return out
+
+
+def batch(
+    rows: dict[str, Sequence[dict]], step: int, size: int, seed: int = 0, weights: dict[str, Fraction] | None = None
+) -> list[dict]:
+    """Batch `step` (0, 1, ...) of `size` rows, from each task by its weight; by default a task has that of its rows.
+    Every row of a task comes once an epoch of that task; each epoch has its own order."""
+    weights = weights or {name: len(rows[name]) for name in rows}
+    before, after = drawn(step * size, weights), drawn((step + 1) * size, weights)
+    tasks = [name for name in rows for _ in range(after[name] - before[name])]
+    random.Random(f"mix {step} {seed}").shuffle(tasks)
+    out, place = [], dict(before)
+    for name in tasks:
+        epoch, k = divmod(place[name], len(rows[name]))
+        out.append(rows[name][order(len(rows[name]), epoch, seed)[k]])
+        place[name] += 1
     return out
 
 
@@ -112,16 +524,11 @@ def cost(length: int, quadratic: float = 1 / 8192) -> float:
 
 
 def plan_microbatches(lengths: list[int], budget: int, ranks: int = 1) -> list[list[list[int]]]:
-    """plan[rank][k] = indices (into `lengths`) of the sequences that rank runs as its micro-batch k.
-
-    The budget is hard: sum of lengths <= budget in every micro-batch. Every rank gets the same number of them (FSDP
-    hangs otherwise; some may be empty), as few as first-fit-decreasing finds, with costs balanced over micro-batches
-    and ranks. Every rank computes the same plan.
-    """
-    longest = max(lengths, default=0)
-    if longest > budget:
-        fix = "raise --max_tokens_per_microbatch"
-        raise ValueError(f"a sequence of {longest} tokens does not fit the budget of {budget} a micro-batch: {fix}")
+    """plan[rank][k] = indices (into `lengths`) of the sequences that rank runs as its micro-batch k, at most `budget`
+    tokens. Every rank gets as many of them (FSDP hangs otherwise; some may be empty), as few as first-fit-decreasing
+    finds, with costs balanced over micro-batches and ranks."""
+    if (longest := max(lengths, default=0)) > budget:
+        raise ValueError(f"a sequence of {longest} tokens does not fit {budget}: raise --max_tokens_per_microbatch")
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
 
     bins: list[list[int]] = []  # first fit, longest first
@@ -168,12 +575,26 @@ def plan_summary(lengths: list[int], budget: int, ranks: int = 1) -> dict[str, f
     }
 
 
-TASKS = {  # task -> loader(split, seed, template)
-    "countdown": countdown,  # 3 or 4 numbers up to 99, as in TinyZero
-    "countdown3": partial(countdown, sizes=(3,), max_number=20, train=10_000),  # for models of 1M parameters
-}
+# ----------------------------------------------------------------------------------------------- python data.py eurus
 
-if __name__ == "__main__":  # python data.py: three rows of every task
-    for name in TASKS:
-        for row in load(name, "train", limit=3):
+
+def eurus(out: str, model: str, source: Source = Source(task="math,code", template="chat")) -> None:
+    """Writes those rows of Eurus-2-RL-Data that a run would use, in the published schema, to OUT/train.parquet and
+    OUT/validation.parquet, for --data OUT. Prompt tokens are counted by the tokenizer of `model`."""
+    from transformers import AutoTokenizer
+
+    Path(out).mkdir(parents=True)
+    for _, splits in open_sources(list(mixture(source.task)), source, AutoTokenizer.from_pretrained(model), True):
+        for split, name in zip(splits, ("train", "validation")):
+            print(split.report())
+            kept = [i for i, why in enumerate(split.dropped) if not why]
+            split.table.select(kept).to_parquet(Path(out, f"{name}.parquet"))
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["eurus"]:
+        import tyro
+        tyro.cli(eurus, args=sys.argv[2:], config=(tyro.conf.OmitArgPrefixes,), use_underscores=True)
+    for name in TASKS if not sys.argv[1:] else ():  # python data.py: three rows of every task that needs no file
+        for row in TASKS[name]("train", 0, "base")[:3]:
             print(name, row["answer"], repr(row["prompt"]))

@@ -14,6 +14,7 @@ import sympy
 from math_verify import LatexExtractionConfig, parse, verify
 
 MAX_ANSWER, MAX_DEPTH = 1000, 20  # characters and nested brackets of an answer that a parser may see
+MAX_WORDS = 8  # of an answer that is text; nobody finds the words of a longer one
 SIGNS = str.maketrans({sign: to for signs, to in (  # Unicode that answers are full of
     ("\u200b\u2060\ufeff", ""), ("\xa0\u2009\u202f", " "), ("−–", "-"), ("÷⁄", "/"), ("，", ","), ("：", ":"),
     ("（", "("), ("）", ")"), ("＝", "="), ("′", "'"), ("×·⋅", r"\cdot "), ("∞", r"\infty "), ("≤", r"\le "),
@@ -63,7 +64,7 @@ REWRITES = [(re.compile(pattern), to) for pattern, to in (  # in this order
     (r"^\d{1,3}(?: \d{3})+$", lambda m: m[0].replace(" ", "")),
     (r"(?<=\d)\s+(?=\d)", "␣"),  # 3 5 is not 35, nor anything else
     (r"\\(frac|sqrt|sqrt\[\w+\])\s*(\w)", r"\\\1{\2}"),
-    (r"(\\frac\{[^{}]*\})\s*(\d)", r"\1{\2}"),
+    (r"(\\frac\{[^{}]*\})\s*([\da-zA-Z])", r"\1{\2}"),
     (r"([_^])\{(\w)\}", r"\1\2"),
     (r"(\\[a-zA-Z]+)\s+(?=[a-zA-Z])|\s+", lambda m: m[1] + "\0" if m[1] else ""),
     ("[\0\1]", " "),
@@ -409,6 +410,40 @@ def judge(gold: str, answer: str, tail: str = "") -> bool:
     """Is the answer in a box right? `gold` and `answer` in LaTeX, `tail` is the text after the box."""
     gold, answer = plain(gold), plain(answer)
     return not hedged(tail, answer) and (gold == answer or not too_big(answer) and same(gold, answer))
+
+
+def readable(gold: str) -> bool:
+    """Can an answer of a dataset be judged by its meaning, and not only by being the same text? Not so: prose, what is
+    no LaTeX, what is too big."""
+    s, prose = plain(gold), re.search(rf"(?:[A-Za-z]{{2,}}[\s,.;:'-]+){{{MAX_WORDS}}}", gold)
+    return not (prose or too_big(s)) and legible(s)
+
+
+def legible(s: str) -> bool:
+    """One of RULES knows all parts of it."""
+    s = re.sub(r"\\[pm]m ?(?!od)", "+", s)
+    text = words(s)
+    if number(s) is not None or choice(s) or text or re.fullmatch(r"[0-9A-F]+_\{?\d+\}?", s):
+        return True
+    if not s or "␣" in s:
+        return False
+    held, named = bracketed(s), NAME.fullmatch(s)
+    sides = split(s, r"(?<![\\<>!:])=|:|\\(?:cup|in|equiv)(?![a-z]) ?")
+    parts = held[1] if held else members(s) if len(split(s, ";|,")) > 1 else sides
+    if len(parts) > 1:
+        return all(map(legible, parts))
+    measured, unit = measure(re.sub(r"\\pmod\{?(\w+)\}?$", "", s))
+    return legible(measured) if unit or measured != s else named is not None or by_sympy(s, s)
+
+
+def readables(golds: list[str]) -> list[bool]:
+    found = []
+    for gold in golds:
+        try:
+            found.append(readable(gold))
+        except Exception:  # of whatever parser
+            found.append(False)
+    return found
 
 
 WARM_UP = r"""2x^2+3x-1 (x+1)(x-2)^{n+1} \frac{\sqrt{3}}{2} -\frac{x+1}{2y} 2^{10}\cdot3 \sqrt[3]{2}+\sqrt2 2.5\pi

@@ -3,21 +3,14 @@
     python ppo.py --model DIR --task countdown3                       # one plain process, CPU or GPU
     torchrun --nproc_per_node 4 ppo.py --model DIR --task countdown   # sharded by FSDP2
 
-One step, in the order of `train`; the same names stand in the log, in the metrics and in the README:
-    1. sample     the engine answers a fresh batch of prompts
-    2. reward     text -> number, in other processes while phase 3 runs
-    3. forward    log-probs under policy and reference, values under the critic
-    4. advantage  per-token rewards, GAE, whitening
-    5. update     PPO on the policy, regression on the critic
-    6. sync       new weights into the engine, then the canary: do engine and trainer still agree?
-    7. report     metrics, samples, evaluation, checkpoint
+One step is seven phases: sample, reward, forward, advantage, update, sync, report. `train` has them top to bottom, each
+under a banner; the log, the metrics and the README use the same names.
 
-Every rank holds the numbers of the whole step ((B, T) tensors, 18 MB each at 256 samples of 17k tokens) and computes
-everything between the model passes for all of it. Only the passes are split, so advantages, denominators and metrics
-need no collective and cannot depend on the number of ranks.
+Every rank holds the numbers of the whole step ((B, T) tensors, 18 MB each at 256 samples of 17k tokens). Only model
+passes are split, so advantages, denominators and metrics need no collective and cannot depend on the number of ranks.
 
-Not here on purpose: Ray, asynchronous rollouts, multi-turn tools, LoRA, reward models, a Trainer class. A variant is a
-copy of this file. The defaults follow Open-Reasoner-Zero (arXiv:2503.24290): no KL, gamma = lambda = 1.
+Not here on purpose: Ray, asynchronous rollouts, tools, LoRA, reward models, a Trainer class; a variant is a copy of the
+file. The defaults follow Open-Reasoner-Zero (arXiv:2503.24290): no KL, gamma = lambda = 1.
 """
 # isort: off
 import sys
@@ -39,10 +32,9 @@ from time import perf_counter
 from typing import Literal
 
 import torch
-import transformers
 import tyro
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
 
 import data
 import kernels
@@ -54,8 +46,6 @@ import rollout
 #   logprobs[:, t] = log pi(ids[:, t] | ids[:, :t])   values[:, t] = V(ids[:, :t])   mask[:, t] = policy chose ids[:, t]
 # Without a shape beside it a tensor is (B, T), or (K,) inside a micro-batch. Log-probs, entropy and KL are in nats.
 
-SAMPLES_LOGGED = 8  # responses a step in samples.jsonl
-
 # --------------------------------------------------------------------------------------------------------------- flags
 
 
@@ -64,13 +54,16 @@ class Run:
     """what is run and where it is kept"""
     out: str = "runs/ppo"  # run folder; must not exist unless --resume
     seed: int = 0  # prompts, their order and every sampled token are functions of (seed, step)
-    steps: int = 100  # PPO steps; 0: load everything, sample and score one batch, exit
+    steps: int = 100  # PPO steps; 0: load everything, print the memory plan, sample and score one batch, exit
+    plan_gpus: int = 0  # with --steps 0: only the memory plan, for so many GPUs ...
+    plan_gb: float = 80.0  # ... of this size; nothing is loaded and no GPU is needed
     resume: bool = False  # go on from the newest checkpoint in the run folder
     save_every: int = 0  # steps between checkpoints; 0: only after the last step
     eval_every: int = 0  # steps between evaluations on held-out rows, step 0 and the last included; 0: never
-    eval_rows: int = 256  # held-out rows per evaluation
-    eval_samples: int = 1  # answers per held-out row
+    eval_rows: int = 256  # held-out rows of each task
+    eval_samples: int = 1  # answers to each of them
     eval_temperature: float = 1.0  # 0: greedy
+    eval_only: bool = False  # evaluate --model (a checkpoint's policy folder, say) and exit
     show_every: int = 10  # steps between two printed samples; 0: never
     wandb: str | None = None  # Weights & Biases project; same keys as metrics.jsonl
 
@@ -80,7 +73,6 @@ class Model:
     """models, precision, sharding"""
     model: str = ""  # policy: Hugging Face folder or hub id
     critic_model: str | None = None  # start of the critic, may be smaller; default: the policy's
-    ref_model: str | None = None  # reference for the KL penalty; default: the policy's start
     dtype: Literal["auto", "bf16", "fp32"] = "auto"  # of compute (weights: fp32). auto: bf16 on CUDA, else fp32
     gradient_checkpointing: bool = True  # recompute activations of policy and critic: more time, far less memory
     liger: bool = True  # Liger's RMSNorm and SwiGLU, on CUDA
@@ -89,19 +81,16 @@ class Model:
 
 @dataclass
 class Sampling:
-    """prompts and answers"""
-    task: str = "countdown"  # a key of TASKS in data.py
-    template: Literal["base", "chat"] = "base"  # plain text for base models, chat messages for instruct models
-    max_prompt_tokens: int = 1024  # longer prompts are an error
+    """how prompts are answered"""
     engine: Literal["vllm", "torch"] = "vllm"  # torch: plain PyTorch, slow, for debugging
     prompts_per_step: int = 256  # over all ranks
     samples_per_prompt: int = 1  # answers to each prompt
     max_new_tokens: int = 1024  # response limit
     temperature: float = 1.0  # of sampling; the trainer divides its logits by the same number
+    stop: tuple[str, ...] = ()  # texts that end a response and stay in it, besides every EOS id of the model
     tp: int = 1  # ranks that share one engine (tensor parallel)
     max_seqs: int = 256  # sequences an engine decodes at once
     gpu_memory: float = 0.6  # share of the card for the engine while it is awake
-    canary_limit: float | None = None  # stop when engine and trainer log-probs differ by more; default 0.05, fp32 0.001
 
 
 @dataclass
@@ -110,7 +99,6 @@ class PPO:
     lr: float = 1e-6  # policy learning rate (AdamW)
     critic_lr: float = 5e-6  # critic learning rate
     warmup: int = 0  # optimizer steps of linear learning-rate warm-up, for both
-    weight_decay: float = 0.0  # AdamW, for both
     max_grad_norm: float = 1.0  # gradient clipping, for both
     critic_warmup: int = 0  # first steps that train the critic alone
     ppo_epochs: int = 1  # passes over each batch
@@ -127,12 +115,11 @@ class PPO:
     kl_in: Literal["reward", "loss"] = "reward"  # where the penalty goes
     kl_estimator: Literal["k1", "k2", "k3"] = "k1"  # k1 belongs in the reward; in the loss use k2 or k3
     kl_target: float | None = None  # adapt kl_coef towards this KL (arXiv:1909.08593); default: fixed
-    kl_horizon: int = 10_000  # samples over which the adaptation acts
     tis_cap: float = 2.0  # truncated importance sampling between engine and trainer; 0: off
 
 
 @dataclass
-class Args(rewards.Rules, PPO, Sampling, Model, Run):
+class Args(rewards.Rules, PPO, Sampling, data.Source, Model, Run):
     """Every knob, flat. Sizes are global; derived sizes are properties, printed, never accepted."""
 
     @property
@@ -159,15 +146,15 @@ def parse_args(argv: list[str] | None = None) -> Args:
     return Args(**{k: v for box in vars(parsed).values() for k, v in vars(box).items()})
 
 
-def check(args: Args, world: int) -> transformers.PretrainedConfig:
-    """Every contradiction in the flags, before a weight is loaded. Returns the policy's configuration."""
+def check(args: Args, world: int) -> list[PretrainedConfig]:
+    """Every contradiction in the flags, before a weight is loaded. Returns the policy's and critic's configurations."""
 
     def expect(ok, message: str) -> None:
         if not ok:
             raise ValueError(message)
 
     configs = []
-    for flag in ("model", "critic_model", "ref_model"):
+    for flag in ("model", "critic_model"):
         path = getattr(args, flag) or args.model
         try:
             configs.append(AutoConfig.from_pretrained(path))
@@ -185,8 +172,9 @@ def check(args: Args, world: int) -> transformers.PretrainedConfig:
         expect(world % n == 0, f"{flag}={n} does not divide the {world} ranks: launch a multiple of {n}")
         expect(heads % n == 0, f"{flag}={n} does not divide the {heads} attention heads: use a divisor of {heads}")
     expect(0 <= args.seed < 10**6 and args.steps >= 0, f"seed={args.seed}, steps={args.steps}: use 0 to 999999")
-    if args.kl_coef and args.kl_in == "loss":
-        expect(args.kl_estimator != "k1", "kl_estimator=k1 has no gradient on average: use k2 or k3 with --kl_in loss")
+    useless = args.kl_coef and args.kl_in == "loss" and args.kl_estimator == "k1"
+    expect(not useless, "kl_estimator=k1 has no gradient on average: use k2 or k3 with --kl_in loss")
+    expect(args.plan_gpus == 0 or args.steps == 0, f"plan_gpus={args.plan_gpus} is for --steps 0: nothing is trained")
     expect(args.kl_target is None or args.kl_coef > 0, "kl_target needs a kl_coef above 0 to start from")
     expect(args.tp == 1 or args.engine == "vllm", f"tp={args.tp} needs --engine vllm, not {args.engine}")
     expect(args.eval_temperature > 0 or args.eval_samples == 1, "eval_samples > 1 needs --eval_temperature above 0")
@@ -199,19 +187,9 @@ def check(args: Args, world: int) -> transformers.PretrainedConfig:
     if args.resume:
         expect(newest, f"resume: there is no checkpoint in {args.out!r}: start without --resume, {fix}")
         expect(int(newest.name[5:]) < args.steps, f"resume: {newest} has all the --steps {args.steps}: ask for more")
-    elif Path(args.out).exists():
+    elif args.steps and Path(args.out).exists():
         raise ValueError(f"out={args.out!r} exists, nothing is written over: {fix}, or go on with --resume")
-    return configs[0]
-
-
-# ------------------------------------------------------------------------------------------------------- micro-batches
-
-
-def microbatches(batch: rollout.Rollout, rows: list[int], args: Args, ranks: kernels.Ranks) -> list[kernels.Packed]:
-    """This rank's share of sequences `rows`, packed under the token budget; as many micro-batches as on every rank."""
-    fed = [batch.lengths[b] - 1 for b in rows]
-    mine = data.plan_microbatches(fed, args.max_tokens_per_microbatch * ranks.sp, ranks.rows)[ranks.row]
-    return [kernels.pack(*batch[:2], batch.lengths, [rows[i] for i in bin], ranks.sp_rank, ranks.sp) for bin in mine]
+    return configs
 
 
 # --------------------------------------------------------------------------------------------- the math: pure functions
@@ -235,7 +213,7 @@ def warmed(lr: float, update: int, warmup: int) -> float:
     return lr * min(1.0, max(0, update) / max(1, warmup))
 
 
-def adapt_kl_coef(kl_coef: float, kl: float, target: float, samples: int, horizon: int) -> float:
+def adapt_kl_coef(kl_coef: float, kl: float, target: float, samples: int, horizon: int = 10_000) -> float:
     """arXiv:1909.08593, section 2.2: a proportional controller in log space, its error clipped to +-0.2."""
     return kl_coef * (1 + min(max(kl / target - 1, -0.2), 0.2) * samples / horizon)
 
@@ -290,38 +268,39 @@ def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip: float)
 # -------------------------------------------------------------------------------------------------------------- train
 
 
+def microbatches(batch: rollout.Rollout, rows: list[int], args: Args, ranks: kernels.Ranks) -> list[kernels.Packed]:
+    """This rank's share of sequences `rows`, packed under the token budget; as many micro-batches as on every rank."""
+    fed, budget = [batch.lengths[b] - 1 for b in rows], args.max_tokens_per_microbatch * ranks.sp
+    mine = data.plan_microbatches(fed, budget, ranks.rows)[ranks.row]
+    return [kernels.pack(*batch[:2], batch.lengths, [rows[i] for i in bin], ranks.sp_rank, ranks.sp) for bin in mine]
+
+
 def train(args: Args) -> list[dict]:
     """Runs `args.steps` steps and returns the rows of metrics.jsonl (rank 0: those before a resume, too)."""
-    config = check(args, int(os.environ.get("WORLD_SIZE", 1)))
-    begun = perf_counter()
-    accelerator, ranks = kernels.start_ranks(args.compute_dtype == torch.bfloat16, args.sp)
-    device, main = accelerator.device, ranks.rank == 0
+    begun, main = perf_counter(), int(os.environ.get("RANK", 0)) == 0
     say = print if main else (lambda text: None)
     bar = main and sys.stderr.isatty()  # progress bars are for people, not for log files
+    configs = check(args, args.plan_gpus or int(os.environ.get("WORLD_SIZE", 1)))
+    if args.plan_gpus:
+        say(memory(args, configs, args.plan_gpus, args.plan_gb, cuda=True))
+        return []
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    train_rows = data.load(args.task, "train", args.seed, args.template)
-    eval_rows = data.load(args.task, "test", args.seed, args.template, args.eval_rows)
-    for row in train_rows + eval_rows:  # now, so that a prompt over the limit stops the run before it costs anything
-        row["ids"] = data.encode(row, tokenizer, args.max_prompt_tokens)
-    made = rewards.start({row["task"] for row in train_rows + eval_rows}, args)
-    made |= kernels.setup(config.model_type, args.liger, bar, args.compute_dtype == torch.bfloat16)
+    source = data.load(args, tokenizer, args.seed, args.eval_rows, bar)  # before ranks: it may fork
+    first = tokenizer.decode(next(iter(source.train.values()))[0]["ids"])
+    say(f"{source.report}\nthe first prompt, as it is fed: {first!r}".strip())
+    bf16 = args.compute_dtype == torch.bfloat16
+    accelerator, ranks = kernels.start_ranks(bf16, args.sp)
+    device = accelerator.device
+    made = rewards.start({row["task"] for rows in source.test.values() for row in rows}, args)
+    made |= kernels.setup(configs[0].model_type, args.liger, bar, bf16)
+    newest = newest_checkpoint(args.out) if args.resume else None
+    start = int(newest.name[5:]) if newest else 0
+    config = asdict(args) | {"first_prompt": first}
+
     # the engine first, then asleep: it measures the free memory that the models take afterwards
-    options = {"max_len": args.max_prompt_tokens + args.max_new_tokens, "max_seqs": args.max_seqs, "tp": args.tp}
-    options |= {"dtype": str(args.compute_dtype)[6:], "gpu_memory": args.gpu_memory, "seed": args.seed}
+    options = {"max_len": args.max_prompt_tokens + args.max_new_tokens, "dtype": str(args.compute_dtype)[6:]}
+    options |= {name: getattr(args, name) for name in ("max_seqs", "tp", "gpu_memory", "seed", "stop")}
     sampler = rollout.make_sampler(args.engine, args.model, rollout.eos_ids(args.model, tokenizer), **options)
-    sampler.sleep()
-    policy = kernels.load_policy(args.model, accelerator, args.gradient_checkpointing)
-    critic = kernels.load_critic(args.critic_model or args.model, accelerator, args.gradient_checkpointing)
-    ref = kernels.load_policy(args.ref_model or args.model, accelerator, False, trained=False) if args.kl_coef else None
-    adam = {"betas": (0.9, 0.95), "weight_decay": args.weight_decay, "fused": device.type == "cuda"}
-    models = {"policy": policy, "critic": critic}
-    trained = {name: (model, torch.optim.AdamW(model.parameters(), **adam)) for name, model in models.items()}
-    start, adapted = restore(newest_checkpoint(args.out), trained) if args.resume else (0, args.kl_coef)
-    kl_coef = adapted if args.kl_target else args.kl_coef
-    history, log = open_run_folder(Path(args.out), args, start, main and args.steps > 0)
-    made |= {"compute": f"{str(args.compute_dtype)[6:]} on {device.type}", "engine": f"{args.engine} tp {args.tp}"}
-    made["sharding"] = f"FSDP2 over {ranks.world} ranks" if accelerator.is_fsdp2 else "none (one process)"
-    say(plan(args, ranks, models | {"reference": ref}, made, start))
 
     def ask(prompts: list[list[int]], n: int, limit: int, temperature: float, step: int, purpose: int) -> list:
         """n Samples for each of this rank's share of the prompts. They depend on (seed, step, purpose) and on the
@@ -337,6 +316,40 @@ def train(args: Args) -> list[dict]:
         samples, texts = zip(*kernels.gather(list(zip(samples, texts)), ranks))
         return samples, texts, lambda: kernels.gather([future.result() for future in pending], ranks)
 
+    def evaluate() -> tuple[dict[str, float], list[dict]]:
+        """Metrics and all answers on held-out rows, eval_samples to each, with the same random numbers every time."""
+        k, rows = args.eval_samples, [row for rows in source.test.values() for row in rows]
+        samples = ask([row["ids"] for row in rows], k, args.max_new_tokens, args.eval_temperature, 0, purpose=1)
+        samples, texts, results = judge(rows, k, samples)
+        rows, scored = [row for row in rows for _ in range(k)], results()
+        metrics = rewards.evaluation(scored, k, [row["task"] for row in rows])
+        metrics["eval/length_mean"] = sum(len(sample.ids) for sample in samples) / len(samples)
+        return metrics, rollout.records(start, rows, texts, samples, scored)
+
+    if args.eval_only:
+        metrics, answers = evaluate()
+        history, log = open_run_folder(Path(args.out), config, start, main)
+        log({"step": start} | metrics, answers)
+        say("\n".join(f"{name} {value:.4f}" for name, value in metrics.items()))
+        sampler.close()
+        return history
+
+    sampler.sleep()
+    policy = kernels.load_policy(args.model, accelerator, args.gradient_checkpointing)
+    critic = kernels.load_critic(args.critic_model or args.model, accelerator, args.gradient_checkpointing)
+    ref = kernels.load_policy(args.model, accelerator, False, trained=False) if args.kl_coef else None
+    adam = {"betas": (0.9, 0.95), "weight_decay": 0.0, "fused": device.type == "cuda"}
+    models = {"policy": policy, "critic": critic, "reference": ref}
+    trained = {k: (m, torch.optim.AdamW(m.parameters(), **adam)) for k, m in models.items() if m is not ref}
+    if newest:
+        kernels.load_sharded(newest / "resume", trained)
+    kl_coef = json.loads((newest / "state.json").read_text())["kl_coef"] if newest and args.kl_target else args.kl_coef
+    history, log = open_run_folder(Path(args.out), config, start, main and args.steps > 0)
+    made["engine"] = f"{args.engine} tp {args.tp}"
+    say(plan(args, ranks, models, made, start))
+    if args.steps == 0:
+        say(memory(args, configs, ranks.world, kernels.memory_gb(ranks), device.type == "cuda"))
+
     def forward(model: nn.Module, batch: rollout.Rollout) -> Tensor:
         """The critic's values, or another model's log-probs, of a whole batch: (B, T) on every rank, no gradient."""
         with torch.no_grad():
@@ -351,31 +364,22 @@ def train(args: Args) -> list[dict]:
         """New weights into the engine; then the canary: fresh answers, on whose log-probs the trainer must agree.
         Weights stale by many steps show as 0.2, bf16 as about 0.01. Returns the worst engine's mean |difference|."""
         sampler.load(kernels.full_weights(policy, args.compute_dtype))
-        prompts = [row["ids"] for row in data.batch(train_rows, step, 4 * ranks.world, args.seed)]
+        prompts = [row["ids"] for row in data.batch(source.train, step, 4 * ranks.world, args.seed, source.weights)]
         samples = ask(prompts, 1, min(64, args.max_new_tokens), args.temperature, step, purpose=2)
         batch = rollout.collate(prompts, kernels.gather(samples, ranks), device)
         gap = (forward(policy, batch) - batch.sampler_logprobs).abs().view(ranks.world, -1).sum(1)
         worst = (gap / batch.mask.view(ranks.world, -1).sum(1)).max().item()
-        limit = args.canary_limit or (0.05 if args.compute_dtype == torch.bfloat16 else 0.001)
+        limit = 0.05 if bf16 else 0.001
         if not worst < limit:
             why = "the engine has stale or wrong weights, or another temperature or precision"
-            raise RuntimeError(f"canary at step {step}: log-probs differ by {worst:.4f} > canary_limit={limit}: {why}")
+            raise RuntimeError(f"canary at step {step}: log-probs differ by {worst:.4f}, allowed {limit}: {why}")
         return worst
-
-    def evaluate() -> dict[str, float]:
-        """Held-out rows, k = eval_samples answers each, with the same random numbers every time."""
-        prompts = [row["ids"] for row in eval_rows]
-        samples = ask(prompts, args.eval_samples, args.max_new_tokens, args.eval_temperature, 0, purpose=1)
-        samples, _, results = judge(eval_rows, args.eval_samples, samples)
-        correct = torch.tensor([result["correct"] for result in results()]).view(len(eval_rows), -1)
-        row = {"eval/correct": correct.mean().item(), "eval/pass_at_k": correct.amax(1).mean().item()}
-        return row | {"eval/length_mean": sum(len(sample.ids) for sample in samples) / len(samples)}
 
     canary = hand_over(start)
     say(f"ready after {perf_counter() - begun:.0f} s; engine and trainer agree within {canary:.1e} nats a token")
     if args.eval_every and start == 0 < args.steps:
-        log({"step": 0, **evaluate()})
-        say(f"step    0/{args.steps} | eval {history[-1]['eval/correct']:.3f} of {len(eval_rows)} held-out rows right")
+        log({"step": 0} | evaluate()[0])
+        say(f"step    0/{args.steps} | eval {history[-1]['eval/correct']:.3f} of the held-out rows right")
 
     begun = perf_counter()
     for step in range(start, max(args.steps, 1)):
@@ -383,7 +387,7 @@ def train(args: Args) -> list[dict]:
 
         # ---- 1. sample: the policy answers a fresh batch of prompts
         with kernels.timed(times, "sample"):
-            rows = data.batch(train_rows, step, args.prompts_per_step, args.seed)
+            rows = data.batch(source.train, step, args.prompts_per_step, args.seed, source.weights)
             prompts = [row["ids"] for row in rows]
             samples = ask(prompts, args.samples_per_prompt, args.max_new_tokens, args.temperature, step, purpose=0)
             sampler.sleep()
@@ -409,10 +413,7 @@ def train(args: Args) -> list[dict]:
             assert sound.any(), f"step {step}: every reward failed on our side (infra), for example {scored[0]}"
             mask = batch.mask & sound[:, None]  # a sample that our own machine failed on teaches nothing
             batch = batch._replace(mask=mask)
-            shown = [
-                {"step": step + 1, "id": r["id"], "prompt": r["prompt"], "response": t, "finished": s.finished} | result
-                for r, t, s, result in list(zip(rows, texts, samples, scored))[:: -(-len(rows) // SAMPLES_LOGGED)]
-            ]
+            shown = rollout.records(step + 1, rows, texts, samples, scored)[:: -(-len(rows) // 8)]  # eight of them
         if args.steps == 0:
             say(f"one batch: reward {scores.mean():.3f}\n" + rollout.show(shown[:2]))
             break
@@ -479,7 +480,8 @@ def train(args: Args) -> list[dict]:
 
         # ---- 7. report: metrics, one line, samples, evaluation, checkpoint
         with kernels.timed(times, "report"):
-            row = {"step": step + 1, **rewards.summary(scored), **rollout.summary(samples, times["time/sample"])}
+            row = {"step": step + 1, **rewards.summary(scored, [row["task"] for row in rows])}
+            row |= rollout.summary(samples, times["time/sample"])
             row |= rollout.mismatch(old_logprobs[mask], batch.sampler_logprobs[mask], args.tis_cap)
             row |= meter.means(ranks) | {"mismatch/canary": canary}
             row |= critic_metrics(old_values[mask], returns[mask])
@@ -488,10 +490,10 @@ def train(args: Args) -> list[dict]:
                 kl = kl_estimate(old_logprobs, ref_logprobs, args.kl_estimator)[mask].mean().item()
                 row |= {"policy/ref_kl": kl, "policy/kl_coef": kl_coef}
                 if args.kl_target:
-                    kl_coef = adapt_kl_coef(kl_coef, kl, args.kl_target, args.batch_size, args.kl_horizon)
+                    kl_coef = adapt_kl_coef(kl_coef, kl, args.kl_target, args.batch_size)
             done = step + 1 == args.steps
             if args.eval_every and (done or (step + 1) % args.eval_every == 0):
-                row |= evaluate()
+                row |= evaluate()[0]
             if done or (args.save_every and (step + 1) % args.save_every == 0):
                 save(Path(args.out), step + 1, kl_coef, trained, tokenizer, main)
         row |= times | {"time/step": sum(times.values()), "perf/tokens_per_s": sum(batch.lengths) / sum(times.values())}
@@ -519,6 +521,13 @@ def plan(args: Args, ranks: kernels.Ranks, models: dict, made: dict[str, str], s
     )
 
 
+def memory(args: Args, configs: list, ranks: int, gb: float, cuda: bool) -> str:
+    """What each rank will need, for the flags as they are."""
+    flags = vars(args) | {"ranks": ranks, "card_gb": gb, "bf16": cuda, "sharded": cuda or "RANK" in os.environ}
+    flags |= {"sequences": args.batch_size, "longest": args.max_prompt_tokens + args.max_new_tokens}
+    return kernels.memory_plan(*configs, configs[0] if args.kl_coef else None, **flags)[1]
+
+
 def line(row: dict, args: Args, seconds_per_step: float) -> str:
     """One step for people; fixed order, so that grep works."""
     eta, seconds = seconds_per_step * (args.steps - row["step"]), row["time/step"]
@@ -543,7 +552,7 @@ def newest_checkpoint(out: str | Path) -> Path | None:
     return max(found, key=lambda path: int(path.name[5:]), default=None)
 
 
-def open_run_folder(out: Path, args: Args, start: int, main: bool):
+def open_run_folder(out: Path, config: dict, start: int, main: bool):
     """(rows of metrics.jsonl up to `start`, a function that adds a row there and to W&B, and samples to their file)"""
     kept = {"metrics.jsonl": [], "samples.jsonl": []}  # what came after the checkpoint will come again
     for name in kept if start and main else ():
@@ -552,15 +561,13 @@ def open_run_folder(out: Path, args: Args, start: int, main: bool):
     history, board = kept["metrics.jsonl"], None
     if main:
         out.mkdir(parents=True, exist_ok=True)
-        (out / "config.json").write_text(json.dumps(asdict(args), indent=1))
+        (out / "config.json").write_text(json.dumps(config, indent=1))
         for name, rows in kept.items():
             (out / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
         for name in ("ppo", "rollout", "rewards", "data", "kernels", "sandbox", "equality"):
             shutil.copy(Path(__file__).parent / f"{name}.py", out)
-        if args.wandb:
-            import wandb
-
-            board = wandb.init(project=args.wandb, name=out.name, config=asdict(args))
+        if config["wandb"]:
+            board = __import__("wandb").init(project=config["wandb"], name=out.name, config=config)
 
     def log(row: dict, samples: list[dict] = ()) -> None:
         history.append(row)
@@ -587,13 +594,6 @@ def save(out: Path, step: int, kl_coef: float, trained: dict, tokenizer, main: b
     if main:
         (aside / "state.json").write_text(json.dumps({"step": step, "kl_coef": kl_coef}))
         aside.rename(final)
-
-
-def restore(path: Path, trained: dict) -> tuple[int, float]:
-    """Loads a checkpoint into models and optimizers; returns its (step, kl_coef)."""
-    kernels.load_sharded(path / "resume", trained)
-    state = json.loads((path / "state.json").read_text())
-    return state["step"], state["kl_coef"]
 
 
 if __name__ == "__main__":

@@ -26,13 +26,17 @@ import sysconfig
 import textwrap
 import threading
 import time
-from concurrent.futures import Future
+from collections import Counter
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cache
-from math import isfinite
+from math import comb, isfinite
 from pathlib import Path
+from statistics import fmean
 from typing import Literal
+
+from tqdm import tqdm
 
 STATUSES = ("ok", "wrong", "timeout", "memory", "crash", "output", "no_answer", "infra")
 
@@ -124,7 +128,7 @@ def countdown(text: str, row: dict) -> dict:
     if result is None:
         return verdict("wrong") | {"format": 0.0}
     right = sorted(result[1]) == numbers and result[0] == target
-    return verdict("ok" if right else "wrong", 1.0 if right else 0.1) | {"format": 1.0}
+    return verdict("ok" if right else "wrong", 1.0 if right else 0.1) | {"format": 1.0, "answer": answer.strip()}
 
 
 # --------------------------------------------------------------------------------------------------------------- math
@@ -155,12 +159,30 @@ def math(text: str, row: dict) -> dict:
         box = numbers[-1], ""
     if box is None or not box[0].strip():
         return verdict("no_answer")
+    said = {"answer": box[0].strip()}
     if len(box[0]) > MAX_ANSWER:
-        return verdict("ok" if box[0].strip() == gold.strip() else "wrong")
+        return verdict("ok" if box[0].strip() == gold.strip() else "wrong") | said
     arguments = [gold, box[0], box[1][:1000]]
     result, output = run_sandboxed("math", b"from equality import judge", arguments, "judge", MATH_SECONDS)
     status = result["status"] if result["status"] in ("timeout", "memory") else "wrong"
-    return verdict("ok" if output == b"true" else status)
+    return verdict("ok" if output == b"true" else status) | said
+
+
+def readable(answers: list[str], progress: bool = False, size: int = 64) -> list[bool]:
+    """Which LaTeX answers of a dataset could `math` judge by their meaning? `size` of them share a process; where it
+    dies, each half gets one of its own."""
+    chunks = [answers[i : i + size] for i in range(0, len(answers), size)]
+
+    def ask(chunk: list[str]) -> list[bool]:
+        seconds, half = MATH_SECONDS + 0.02 * len(chunk), len(chunk) // 2
+        result, output = run_sandboxed("math", b"from equality import readables", [chunk], "readables", seconds)
+        if result["status"] == "ok":
+            return json.loads(output)
+        return ask(chunk[:half]) + ask(chunk[half:]) if half else [False]
+
+    with ThreadPoolExecutor(2 * default_workers()) as threads:
+        found = tqdm(threads.map(ask, chunks), "checking answers", len(chunks), disable=not progress)
+        return [verdict for chunk in found for verdict in chunk]
 
 
 # --------------------------------------------------------------------------------------------------------------- code
@@ -278,9 +300,31 @@ def code(text: str, row: dict) -> dict:
     return verdict(status, passed / len(tests) if rules.code_reward == "fraction" else None)
 
 
+# ------------------------------------------------------------------------------------------------------ reasoning-gym
+
+GYM_SECONDS = 4.0  # CPU time of scoring one answer
+GYM = b"""import base64, pickle, reasoning_gym
+def judge(name, entry, answer):
+    problem = pickle.loads(base64.b64decode(entry))
+    return float(reasoning_gym.create_dataset(name, seed=0, size=1).score_answer(answer, problem))"""
+
+
+def gym(text: str, row: dict) -> dict:
+    """The score, 0 to 1, that the task's own scorer gives to the last <answer>. row["answer"]: {"name", "entry"}, the
+    problem as reasoning-gym made it, pickled, since what scorers need of it cannot always be written as JSON."""
+    if (answer := last_answer(answered(text))) is None:
+        return verdict("no_answer")
+    arguments = [row["answer"]["name"], row["answer"]["entry"], answer.strip()[:MAX_ANSWER]]
+    result, output = run_sandboxed("rg", GYM, arguments, "judge", GYM_SECONDS)
+    score = min(1.0, max(0.0, float(output))) if result["status"] == "ok" else 0.0
+    status = "wrong" if result["status"] == "ok" and score < 1 else result["status"]
+    return verdict(status, score) | {"answer": answer.strip()}
+
+
 # ----------------------------------------------------------------------------------------- processes that may be killed
 
-SLICE = {"code": 0.02, "math": 0.3}  # seconds; what takes longer starts again, with all its time, behind the others
+WARM_UP = {"math": "import equality; equality.warm_up()", "rg": "import reasoning_gym; reasoning_gym"}  # imported once
+SLICE = {"code": 0.02, "math": 0.3, "rg": 0.3}  # seconds; what takes longer starts again, with all its time, last
 MEMORY = 1 << 30  # bytes of address space
 FAILURES = (OSError, EOFError, TimeoutError, ValueError, struct.error)  # of a server that was killed or has gone mad
 THREADS = 128  # responses under way at the same time; most of them wait for a process
@@ -293,9 +337,9 @@ class Server:
         here = Path(__file__).resolve()
         command = [sys.executable, "-I", "-S", str(here.with_name("sandbox.py"))]
         config = {"path": [], "preload": [], "warm_up": "", "off": list(off)}
-        if kind == "math":
+        if kind in WARM_UP:
             paths = dict.fromkeys([sysconfig.get_path("purelib"), sysconfig.get_path("platlib"), str(here.parent)])
-            config |= {"path": list(paths), "preload": ["equality"], "warm_up": "import equality; equality.warm_up()"}
+            config |= {"path": list(paths), "preload": [WARM_UP[kind].split()[1][:-1]], "warm_up": WARM_UP[kind]}
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "bufsize": 0}
         self.process = subprocess.Popen(command, env={}, cwd="/", start_new_session=True, **pipes)
         try:
@@ -306,9 +350,9 @@ class Server:
             self.kill()
             raise
         layers = set(self.walls["layers"])
-        if "equality" in self.walls["missing"]:
+        if absent := [why for name, why in self.walls["missing"].items() if name in config["preload"]]:
             self.kill()
-            raise RuntimeError(f"math rewards: {self.walls['missing']['equality']}: pip install -r requirements.txt")
+            raise RuntimeError(f"{kind} rewards: {absent[0]}: pip install it, or -r requirements.txt")
         enough = "seccomp" in layers and layers & {"landlock", "namespaces"}
         if kind == "code" and not (enough or unsafe):
             self.kill()
@@ -398,7 +442,7 @@ class Pool:
         while True:
             future, text, row, CURRENT.rules = self.responses.get()
             try:
-                future.set_result(REWARDS[row["task"]](text, row))
+                future.set_result(REWARDS[row["task"].partition(":")[0]](text, row))
             except Infra as error:
                 future.set_result(verdict("infra") | {"why": str(error)})
             except BaseException as error:  # a bad row; it is raised where the result is asked for
@@ -466,8 +510,7 @@ def submit(
     to stop, and rewarding it teaches rambling (Open-Reasoner-Zero, arXiv:2503.24290, section 2).
     Raises on our own mistakes only: an unknown task here; a bad row, or a machine without enough walls, as the result.
     """
-    unknown = {row["task"] for row in rows} - set(REWARDS)
-    if unknown:
+    if unknown := {row["task"].partition(":")[0] for row in rows} - set(REWARDS):
         raise ValueError(f"no reward for task {sorted(unknown)}: REWARDS in rewards.py knows {sorted(REWARDS)}")
     if len(texts) != len(rows):
         raise ValueError(f"{len(texts)} texts for {len(rows)} rows: give one row for each text")
@@ -493,28 +536,56 @@ def score(
 def start(tasks: set[str], rules: Rules = Rules()) -> dict[str, str]:
     """Starts what the tasks need, so that what is missing shows before the first step. {what: which walls it has}"""
     made, CURRENT.rules = {}, rules
-    for kind in sorted(tasks & {"math", "code"}):
+    for kind in sorted({task.partition(":")[0] for task in tasks} & set(SLICE)):
         walls = run_sandboxed(kind, b"def f(): pass", [], "f", 1.0)[0]["walls"]
         lacking = "".join(f"; no {name}: {why}" for name, why in walls["missing"].items())
         made[f"{kind} sandbox"] = ", ".join(walls["layers"]) + lacking
     return made
 
 
-def summary(scored: list[dict]) -> dict[str, float]:
+def summary(scored: list[dict], tasks: list[str] = ()) -> dict[str, float]:
     """Means of "reward" and of every other number in the results, our own failures ("infra") left out; the part of the
-    results with each status."""
+    results with each status. Where there are several, reward and share right of each of the `tasks` of the results."""
     sound = [r for r in scored if r["status"] != "infra"]
     statuses = [r["status"] for r in scored]
     row = {f"reward/{status}_frac": statuses.count(status) / len(scored) for status in STATUSES}
-    for part in sorted({part for r in sound for part in r} - {"status"}):
+    for part in sorted({part for r in sound for part in r if isinstance(r[part], (int, float))}):
         values = [r[part] for r in sound if part in r]
         row["reward/mean" if part == "reward" else f"reward/{part}"] = sum(values) / len(values)
+    for task in sorted(set(tasks)) if len(set(tasks)) > 1 else ():
+        own = summary([r for r, t in zip(scored, tasks) if t == task])
+        row |= {f"reward/{task}/{key[7:]}": own[key] for key in ("reward/mean", "reward/correct") if key in own}
     return row
 
 
-REWARDS = {"countdown": countdown, "math": math, "code": code}  # task -> reward of one response
+def evaluation(scored: list[dict], k: int, tasks: list[str] = ()) -> dict[str, float]:
+    """Of k results for each held-out row, neighbours together: the share right (mean@k); pass@n for n = 1, 2, 4 ... k
+    without bias, arXiv:2107.03374 equation 1; maj@k, where answers can be compared: is the most frequent one right?
+    Right ones are the same one; a tie counts for its share. "infra" is left out. `tasks` as in summary()."""
+    groups = [[r for r in scored[i : i + k] if r["status"] != "infra"] for i in range(0, len(scored), k)]
+    rows = [group for group in groups if group]
+    right = [int(sum(r["correct"] == 1 for r in row)) for row in rows]
 
-if __name__ == "__main__":  # python rewards.py: what the rewards say of a few typical and hostile answers
+    out = {"eval/correct": fmean([c / len(row) for row, c in zip(rows, right)] or [0.0])}
+    for n in sorted({k, *(2**i for i in range(k.bit_length()))}) if k > 1 else ():
+        sizes = [(len(row), c, min(n, len(row))) for row, c in zip(rows, right)]
+        out[f"eval/mean_at_{k}"] = out["eval/correct"]
+        out[f"eval/pass_at_{n}"] = fmean([1 - comb(size - c, m) / comb(size, m) for size, c, m in sizes] or [0.0])
+    if k > 1 and any("answer" in r for row in rows for r in row):
+        wrong = [Counter(r["answer"] for r in row if "answer" in r and r["correct"] != 1).values() for row in rows]
+        won = [(c >= max(w, default=0) and c > 0) / (1 + list(w).count(c)) for c, w in zip(right, wrong)]
+        out[f"eval/maj_at_{k}"] = fmean(won)
+    for task in sorted(set(tasks)) if len(set(tasks)) > 1 else ():
+        own = evaluation([r for r, t in zip(scored, tasks) if t == task], k)
+        out |= {key.replace("eval/", f"eval/{task}/"): value for key, value in own.items()}
+    return out
+
+
+REWARDS = {"countdown": countdown, "math": math, "code": code, "rg": gym}  # task, up to a colon -> its reward
+
+if __name__ == "__main__" and sys.argv[1:2] == ["readable"]:  # for data.py: answers in, verdicts out, both as JSON
+    json.dump(readable(json.load(sys.stdin), "--progress" in sys.argv), sys.stdout)
+elif __name__ == "__main__":  # python rewards.py: what the rewards say of a few typical and hostile answers
     print(start({"math", "code"}))
     examples = [
         ({"task": "countdown", "answer": {"numbers": [3, 5, 7], "target": 22}}, "<answer>{}</answer>",
@@ -525,7 +596,5 @@ if __name__ == "__main__":  # python rewards.py: what the rewards say of a few t
          ["print(int(input())**2)", "print(4)", "while True: pass", "open('/etc/passwd')", "x = [0] * 10**10"]),
     ]  # fmt: skip
     for row, wrap, answers in examples:
-        begun = time.perf_counter()
         for answer, result in zip(answers, score([wrap.format(a) for a in answers], [row] * len(answers))):
             print(f"{row['task']:9s} {result['reward']:.1f} {result['status']:9s} {answer!r}")
-        print(f"{'':9s} {(time.perf_counter() - begun) * 1000:.0f} ms")

@@ -17,7 +17,7 @@ from torch import Tensor
 
 
 class Sample(NamedTuple):
-    ids: list[int]  # the response; ends with an EOS id if and only if `finished`
+    ids: list[int]  # the response; ends with an EOS id, or completes a stop text, if and only if `finished`
     logprobs: list[float]  # of each id under the engine's weights at the sampling temperature (at 1 when greedy)
     finished: bool  # the model chose to stop; False: cut at max_new_tokens
 
@@ -64,6 +64,14 @@ def mismatch(trainer: Tensor, engine: Tensor, cap: float) -> dict[str, float]:
     }
 
 
+def records(step: int, rows: list[dict], texts: list[str], samples: list[Sample], scored: list[dict]) -> list[dict]:
+    """Rows of samples.jsonl."""
+    return [
+        {"step": step, "id": row["id"], "prompt": row["prompt"], "response": text, "finished": s.finished} | result
+        for row, text, s, result in zip(rows, texts, samples, scored)
+    ]
+
+
 def show(samples: list[dict]) -> str:
     """Rows of samples.jsonl, for people."""
     return "\n".join(
@@ -94,12 +102,12 @@ class VLLMSampler:
     """One engine a rank, or one a group of `tp` consecutive ranks. Build it after torch.distributed is up.
 
     `max_len` bounds prompt + response, `max_seqs` what is decoded at once; `gpu_memory` is the share of the card for
-    weights and KV cache while awake, `kv_cache_mb` the KV cache on CPU. `eos_ids` end a response.
+    weights and KV cache while awake, `kv_cache_mb` the KV cache on CPU. `eos_ids` and the texts `stop` end a response.
     """
 
     def __init__(
         self, path: str, eos_ids: list[int], max_len: int, max_seqs: int = 256, dtype: str = "auto",
-        tp: int = 1, gpu_memory: float = 0.6, kv_cache_mb: int = 256, seed: int = 0,
+        tp: int = 1, gpu_memory: float = 0.6, kv_cache_mb: int = 256, seed: int = 0, stop: tuple[str, ...] = (),
     ):
         cuda = torch.cuda.is_available()
         torchrun = dist.is_initialized()
@@ -115,7 +123,7 @@ class VLLMSampler:
             special |= {"enable_chunked_prefill": False, "max_num_batched_tokens": max(4096, max_len)}
         self.llm = LLM(
             path,
-            skip_tokenizer_init=True,
+            skip_tokenizer_init=not stop,
             dtype=dtype,
             tensor_parallel_size=tp,
             distributed_executor_backend="external_launcher" if torchrun else None,
@@ -130,7 +138,7 @@ class VLLMSampler:
         )
         if local_world is not None:
             os.environ["LOCAL_WORLD_SIZE"] = local_world
-        self.eos_ids, self.max_len, self.awake = eos_ids, max_len, True
+        self.eos_ids, self.stop, self.max_len, self.awake = eos_ids, list(stop), max_len, True
         self.rank, self.group = 0, None
         if tp > 1:
             self.rank = dist.get_rank() % tp
@@ -158,7 +166,8 @@ class VLLMSampler:
         params = [
             SamplingParams(
                 n=n, temperature=temperature, max_tokens=min(max_new_tokens, self.max_len - len(ids)), seed=s,
-                stop_token_ids=self.eos_ids, ignore_eos=True, logprobs=0, flat_logprobs=True, detokenize=False,
+                stop_token_ids=self.eos_ids, ignore_eos=True, logprobs=0, flat_logprobs=True,
+                stop=self.stop, include_stop_str_in_output=True, detokenize=bool(self.stop),
             )
             for ids, s in requests
         ]
@@ -219,13 +228,17 @@ def _prepare_cpu() -> None:
 class TorchSampler:
     """The same in plain PyTorch: a KV cache, left-padded prompts, one forward a token, `max_seqs` sequences at once."""
 
-    def __init__(self, path: str, eos_ids: list[int], max_len: int, max_seqs: int = 256, dtype: str = "auto"):
-        from transformers import AutoModelForCausalLM
+    def __init__(
+        self, path: str, eos_ids: list[int], max_len: int, max_seqs: int = 256, dtype: str = "auto",
+        stop: tuple[str, ...] = (),
+    ):
+        from transformers import AutoModelForCausalLM, AutoTokenizer
 
         device = f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu"
         self.model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation="sdpa").to(device)
         self.model.requires_grad_(False).eval()
         self.eos_ids, self.max_len, self.max_seqs, self.device = eos_ids, max_len, max_seqs, device
+        self.stop, self.tokenizer = stop, AutoTokenizer.from_pretrained(path) if stop else None
 
     @torch.no_grad()
     def sample(
@@ -251,7 +264,8 @@ class TorchSampler:
         done = torch.zeros(len(jobs), dtype=torch.bool, device=self.device)
         for t in range(max(limits)):
             position = (real.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
-            out = self.model(ids, attention_mask=real, position_ids=position, past_key_values=cache, use_cache=True)
+            out = self.model(ids, attention_mask=real, position_ids=position, past_key_values=cache, use_cache=True,
+                             logits_to_keep=1)  # fmt: skip
             cache = out.past_key_values
             logp = torch.log_softmax(out.logits[:, -1].float() / (temperature or 1.0), dim=-1)  # (B, V)
             if temperature:  # inverse-CDF sampling with the sequence's own uniform number
@@ -264,14 +278,22 @@ class TorchSampler:
             logprobs.append(logp.gather(1, ids)[:, 0])
             real = torch.cat([real, torch.ones_like(ids)], dim=1)
             done |= torch.isin(ids[:, 0], torch.tensor(self.eos_ids, device=self.device))
+            for i in (~done).nonzero()[:, 0].tolist() if self.stop else ():
+                done[i] = self._stops([step[i].item() for step in tokens])
             if done.all():
                 break
         samples = []
         for row, logp, limit in zip(torch.stack(tokens, 1).tolist(), torch.stack(logprobs, 1).tolist(), limits):
-            end = next((t + 1 for t, token in enumerate(row[:limit]) if token in self.eos_ids), None)
+            ends = (t + 1 for t, token in enumerate(row[:limit]) if token in self.eos_ids or self._stops(row[: t + 1]))
+            end = next(ends, None)
             length = end or min(limit, len(row))
             samples.append(Sample(row[:length], logp[:length], end is not None))
         return samples
+
+    def _stops(self, ids: list[int]) -> bool:
+        """Do these tokens complete one of the texts that end a response?"""
+        longest = max(map(len, self.stop), default=0)  # a token is at least a byte, a character at most four
+        return bool(self.stop) and any(s in self.tokenizer.decode(ids[-4 * longest - 4 :]) for s in self.stop)
 
     @torch.no_grad()
     def load(self, named_tensors: Iterable[tuple[str, Tensor]]) -> None:
@@ -295,7 +317,7 @@ class TorchSampler:
 def make_sampler(
     engine: str, path: str, eos_ids: list[int], tp: int = 1, gpu_memory: float = 0.6, seed: int = 0, **both
 ) -> VLLMSampler | TorchSampler:
-    """`both` is what either engine takes: max_len, max_seqs, dtype."""
+    """`both` is what either engine takes: max_len, max_seqs, dtype, stop."""
     if engine == "vllm":
         return VLLMSampler(path, eos_ids, tp=tp, gpu_memory=gpu_memory, seed=seed, **both)
     if engine == "torch":

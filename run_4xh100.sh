@@ -1,38 +1,63 @@
 #!/usr/bin/env bash
-# The reference run on one node of 4 H100s, 80 GB each: PPO with a critic, full fine-tuning, vLLM in the same processes.
-# A first version: it has the sizes and rates of the run it reproduces, on Countdown, the one task there is so far.
-# Nothing in it has been measured on GPUs yet.
+# The reference runs. Each reproduces the settings of a published run (named beside each flag); the README has the
+# memory they need. Nothing in here has been measured on GPUs yet.
 #
 #   pip install -r requirements.txt
-#   bash run_4xh100.sh                                              # DeepSeek-R1-Distill-Qwen-1.5B
-#   BASE_MODEL=Qwen/Qwen2.5-3B N_GPUS=2 ROLLOUT_TP_SIZE=2 bash run_4xh100.sh --template base --max_new_tokens 1024
-#   bash run_4xh100.sh --steps 0                                    # load, print the plan, sample one batch, stop
+#   bash run_4xh100.sh                                        # R1-Distill-Qwen-1.5B on Eurus-2 math and code, 4 GPUs
+#   RECIPE=countdown-0.5b        bash run_4xh100.sh           # Qwen2.5-0.5B on Countdown, 1 GPU
+#   RECIPE=countdown-3b          bash run_4xh100.sh           # Qwen2.5-3B on Countdown, 2 GPUs
+#   RECIPE=countdown-3b-instruct bash run_4xh100.sh           # Qwen2.5-3B-Instruct with its chat template, 2 GPUs
+#   bash run_4xh100.sh --steps 0 --plan_gpus 4 --plan_gb 80   # will it fit? needs no GPU
+#
+# Flags after the script's name win over its own. So do N_GPUS, BASE_MODEL, CRITIC_MODEL, DATA_DIR (files instead of the
+# hub), EXPERIMENT_NAME and ROLLOUT_TP_SIZE.
 set -euo pipefail
 cd "$(dirname "$0")"
 
-N_GPUS=${N_GPUS:-4}
-BASE_MODEL=${BASE_MODEL:-deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B}
-CRITIC_MODEL=${CRITIC_MODEL:-$BASE_MODEL}
-ROLLOUT_TP_SIZE=${ROLLOUT_TP_SIZE:-1}
-EXPERIMENT_NAME=${EXPERIMENT_NAME:-countdown-1.5b}
-export OMP_NUM_THREADS=4                                  # a GPU's process has little to do on the CPU
+RECIPE=${RECIPE:-eurus-1.5b}
+case $RECIPE in
+  eurus-1.5b)            gpus=4 tp=1 model=deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B ;;
+  countdown-0.5b)        gpus=1 tp=1 model=Qwen/Qwen2.5-0.5B ;;
+  countdown-3b)          gpus=2 tp=2 model=Qwen/Qwen2.5-3B ;;
+  countdown-3b-instruct) gpus=2 tp=2 model=Qwen/Qwen2.5-3B-Instruct ;;
+  *) echo "RECIPE=$RECIPE: use eurus-1.5b, countdown-0.5b, countdown-3b or countdown-3b-instruct"; exit 1 ;;
+esac
+BASE_MODEL=${BASE_MODEL:-$model}
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-4}              # a GPU's process has little to do on the CPU
 export PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True   # packed rows come in all sizes
 
-FLAGS=(
-  --model "$BASE_MODEL" --critic_model "$CRITIC_MODEL"
-  --out "runs/$EXPERIMENT_NAME"
-  --task countdown --template chat
-  --steps 1000
-  --prompts_per_step 256 --samples_per_prompt 1
-  --minibatch_size 128                # two updates a step
-  --max_prompt_tokens 1024
-  --max_new_tokens 16384              # long chains of thought
-  --max_tokens_per_microbatch 18000   # one full-length sequence and a bit
-  --lr 1e-6 --critic_lr 1e-5
-  --kl_coef 0.001                     # in the reward, k1, as the original
+FLAGS=( # what all of them share: TinyZero's settings, which the run on Eurus kept
+  --model "$BASE_MODEL" --critic_model "${CRITIC_MODEL:-$BASE_MODEL}"
+  --out "runs/${EXPERIMENT_NAME:-$RECIPE}"
+  --tp "${ROLLOUT_TP_SIZE:-$tp}"      # GPUs that share an engine
+  --minibatch_size 128                # of 256 samples: two updates a step
+  --critic_lr 1e-5                    # ten times the policy's, which has the default 1e-6
+  --kl_coef 0.001                     # in the reward, estimator k1
   --value_clip 0.5
-  --tp "$ROLLOUT_TP_SIZE"
-  --gpu_memory 0.6                    # of the card, while the engine is awake
-  --save_every 16 --eval_every 64
+  --entropy_coef 0.001                # veRL's default of January 2025
 )
-torchrun --standalone --nproc_per_node "$N_GPUS" ppo.py "${FLAGS[@]}" "$@"
+if [ "$RECIPE" = eurus-1.5b ]; then
+  FLAGS+=(
+    --task math,code --data "${DATA_DIR:-PRIME-RL/Eurus-2-RL-Data}"  # by their numbers of rows, as there: 17 to 1
+    --template chat                   # the system prompt of the data is left out: it was made for another model
+    --code_reward fraction            # part of the tests passed, as PRIME's verifier gave
+    --steps 1880                      # about one epoch of 256 prompts a step
+    --max_new_tokens 16384            # long chains of thought
+    --save_every 16 --eval_every 64
+    --eval_temperature 0.6            # as the model's card recommends
+  )
+else
+  FLAGS+=(
+    --task countdown --data "${DATA_DIR:-Jiayi-Pan/Countdown-Tasks-3to4}"
+    --steps 1280                      # one epoch of the 327,680 training rows; TinyZero stopped by hand
+    --max_prompt_tokens 256
+    --gpu_memory 0.4                  # of the card, for the engine while it is awake
+    --save_every 100 --eval_every 100
+    --eval_rows 1024 --eval_temperature 0
+  )
+  [ "$RECIPE" = countdown-3b-instruct ] && FLAGS+=(--template chat)  # base models get plain text
+fi
+case " $* " in
+  *" --plan_gpus "*) exec python ppo.py "${FLAGS[@]}" "$@" ;;        # arithmetic only
+esac
+exec torchrun --standalone --nproc_per_node "${N_GPUS:-$gpus}" ppo.py "${FLAGS[@]}" "$@"

@@ -26,7 +26,7 @@ class Bug(NamedTuple):
 
 MATH, ALIGNMENT, KERNELS = ("test_math.py",), ("test_alignment.py",), ("test_kernels.py",)
 DATA, REWARDS, TRAIN = ("test_data.py",), ("test_rewards.py",), ("test_train.py",)
-SANDBOX, EQUALITY = ("test_sandbox.py",), ("test_equality.py",)
+SANDBOX, EQUALITY, SOURCES = ("test_sandbox.py",), ("test_equality.py",), ("test_sources.py",)
 BUGS = [
     # the classics of PPO
     Bug("advantage-sign", "ppo.py", "torch.maximum(-advantages * ratio, -advantages * clipped)",
@@ -57,8 +57,8 @@ BUGS = [
     Bug("critic-never-updated", "ppo.py", 'trained["critic"], critic_lr', 'trained["critic"], 0.0', TRAIN),
     Bug("old-logprobs-recomputed", "ppo.py", "old = logprobs.detach() if on_policy else old_logprobs.view(-1)[p.index]",
         "old = logprobs.detach()", TRAIN),
-    Bug("resume-forgets-kl-coef", "ppo.py", 'return state["step"], state["kl_coef"]',
-        'return state["step"], 0.1', TRAIN),
+    Bug("resume-forgets-kl-coef", "ppo.py", "if newest and args.kl_target else args.kl_coef",
+        "if False else args.kl_coef", TRAIN),
     Bug("export-of-a-rounded-head", "kernels.py", "            module.reshard()", "            pass", TRAIN),
     Bug("nan-goes-through", "kernels.py", "if not torch.isfinite(norm):", "if False:", TRAIN),
     # alignment
@@ -105,8 +105,20 @@ BUGS = [
     Bug("bins-filled-unevenly", "data.py", "k = min(fits, key=lambda k: (load[k], k))", "k = fits[0]", DATA),
     Bug("one-bin-too-many", "data.py", "count = max(1, -(-len(bins) // ranks)) * ranks",
         "count = max(1, -(-len(bins) // ranks) + 4) * ranks", DATA),
-    Bug("chat-without-generation-prompt", "data.py", "add_generation_prompt=True", "add_generation_prompt=False", DATA),
-    Bug("long-prompt-passes", "data.py", "0 < len(ids) <= max_tokens", "0 < len(ids) <= max_tokens + 1", DATA),
+    Bug("chat-without-generation-prompt", "data.py", '"add_generation_prompt": True', '"add_generation_prompt": False',
+        DATA + SOURCES),
+    Bug("long-prompt-passes", "data.py", "if len(ids) > limit else", "if len(ids) > limit + 1 else", SOURCES),
+    Bug("long-prompt-of-a-rule-passes", "data.py", "<= source.max_prompt_tokens", "<= source.max_prompt_tokens + 1", DATA),
+    Bug("leak-into-the-test-split", "data.py", '("also in the test split" if asked in seen else "")', '""', SOURCES),
+    Bug("unequal-tests-pass", "data.py", "len(inputs) == len(outputs)", "inputs and outputs", SOURCES),
+    Bug("unreadable-answers-pass", "data.py", "if answer in bad else", "if False else", SOURCES),
+    Bug("system-prompt-kept", "data.py", 'if source.system_prompt != "keep":', "if False:", SOURCES),
+    Bug("template-not-in-the-cache-key", "data.py", "{source.template} ", "", ("test_cache.py",)),
+    Bug("weights-by-rounding-each", "data.py", "left, weight = left - out[name], weight - w", "pass", ("test_batch.py",)),
+    Bug("pass-at-k-biased", "rewards.py", "1 - comb(size - c, m) / comb(size, m)", "1 - (1 - c / size) ** m", REWARDS),
+    Bug("majority-of-answers-alone", "rewards.py", "(c >= max(w, default=0) and c > 0)", "(c > 0)", REWARDS),
+    Bug("stop-text-ignored", "rollout.py", "stop=self.stop, include", "include", ("test_engine.py",)),
+    Bug("adam-not-planned", "kernels.py", 'f"{name} Adam states": 8 *', 'f"{name} Adam states": 0 *', ("test_plan.py",)),
     # rewards
     Bug("eval", "rewards.py", 'tree = ast.parse(" ".join(expression.split()), mode="eval").body',
         "return Fraction(eval(expression)), sorted(map(int, __import__('re').findall('[0-9]+', expression)))", REWARDS),
@@ -143,7 +155,8 @@ BUGS = [
     Bug("hedging-allowed", "equality.py", "return not hedged(tail, answer) and (", "return (", EQUALITY),
     Bug("rounding", "equality.py", '"numeric_precision": 50', '"numeric_precision": 15', EQUALITY),
     Bug("towers", "equality.py", "not too_big(answer) and", "", EQUALITY),
-    Bug("infra-scores-zero", "rewards.py", 'if r["status"] != "infra"]', "]", REWARDS),
+    Bug("infra-scores-zero", "rewards.py", 'sound = [r for r in scored if r["status"] != "infra"]',
+        "sound = scored", REWARDS),
 ]  # fmt: skip
 
 

@@ -15,7 +15,7 @@ import rollout  # noqa: E402
 path, engine, tp, temperature = sys.argv[1], sys.argv[2], int(sys.argv[3]), float(sys.argv[4])
 _, ranks = kernels.start_ranks(bf16=False, sp=1)
 tokenizer = AutoTokenizer.from_pretrained(path)
-prompts = [data.encode(row, tokenizer, 64) for row in data.load("countdown3", "test", limit=6)]
+prompts = data.encode([row["prompt"] for row in data.TASKS["countdown3"]("test", 0, "base")[:6]], tokenizer)
 prompts = [prompt[i:] for i, prompt in enumerate(prompts)]  # of different lengths
 sampler = rollout.make_sampler(engine, path, [tokenizer.eos_token_id], tp=tp, max_len=90, dtype="float32")
 n = 2 if temperature else 1

@@ -36,7 +36,7 @@ def solve(numbers: list[int], target: int) -> str | None:
 
 @functools.cache
 def rows(task: str, split: str) -> list[dict]:
-    return data.load(task, split)
+    return data.TASKS[task](split, 0, "base")
 
 
 GENERATED = [(task, split) for task in ("countdown", "countdown3") for split in ("train", "test")]
@@ -92,46 +92,40 @@ def test_templates_say_numbers_and_target():
             assert template == "base" or [m["role"] for m in row["prompt"]] == ["user"]
 
 
-@pytest.mark.parametrize("given, known", [(("nope", "train"), "countdown3"), (("countdown", "dev"), "test")])
-def test_load_names_what_there_is(given, known):
-    """Guards a bare KeyError for a mistyped task or split."""
-    with pytest.raises(ValueError, match=f"(?s){given[0] if known != 'test' else given[1]}.*{known}"):
-        data.load(*given)
-
-
-def test_load_names_the_templates_and_obeys_the_limit():
-    """Guards a mistyped template that falls back in silence, and a limit that is ignored."""
-    with pytest.raises(ValueError, match="(?s)jinja.*base.*chat"):
-        data.load("countdown3", "test", template="jinja")
-    assert data.load("countdown3", "test", limit=5) == rows("countdown3", "test")[:5]
+def test_load_of_generated_rows(tiny):
+    """Guards an evaluation on fewer or other rows than asked for, and rows without ids."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny)
+    found = data.load(data.Source(task="countdown3", max_prompt_tokens=64), tokenizer, eval_rows=5)
+    assert [row["id"] for row in found.test["countdown3"]] == [row["id"] for row in rows("countdown3", "test")[:5]]
+    assert len(found.train["countdown3"]) == 10_000 and found.report == ""
+    for row in found.train["countdown3"][:20]:
+        assert tokenizer.decode(row["ids"]) == row["prompt"]
 
 
 def test_encode_applies_the_chat_template_once(tiny):
     """Guards chat prompts without their generation prompt, and special tokens added to a base prompt."""
     tokenizer = AutoTokenizer.from_pretrained(tiny)
-    base, chat = (data.countdown("train", 0, template, train=1)[0] for template in ("base", "chat"))
-    assert tokenizer.decode(data.encode(base, tokenizer, 500)) == base["prompt"]
-    expected = tokenizer.apply_chat_template(chat["prompt"], add_generation_prompt=True, tokenize=False)
-    assert tokenizer.decode(data.encode(chat, tokenizer, 500)) == expected
-    assert expected != tokenizer.apply_chat_template(chat["prompt"], tokenize=False)
+    base, chat = (data.countdown("train", 0, template, train=1)[0]["prompt"] for template in ("base", "chat"))
+    ids = data.encode([base, chat, base], tokenizer)
+    expected = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+    assert [tokenizer.decode(i) for i in ids] == [base, expected, base]
+    assert ids[1] == tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)["input_ids"]
+    assert expected != tokenizer.apply_chat_template(chat, tokenize=False)
 
 
-def test_encode_refuses_long_and_empty_prompts_with_both_numbers(tiny):
+def test_generated_rows_that_are_too_long_stop_the_run(tiny):
     """Guards prompts that are cut or dropped in silence, and an off-by-one at the limit."""
     tokenizer = AutoTokenizer.from_pretrained(tiny)
-    row = data.countdown("train", 0, "base", train=1)[0]
-    length = len(data.encode(row, tokenizer, 500))
-    assert len(data.encode(row, tokenizer, length)) == length
-    with pytest.raises(ValueError, match=f"{row['id']}.*{length} tokens.*{length - 1}"):
-        data.encode(row, tokenizer, length - 1)
-    with pytest.raises(ValueError, match="0 tokens"):
-        data.encode(row | {"prompt": ""}, tokenizer, 500)
+    longest = max(len(ids) for ids in data.encode([r["prompt"] for r in rows("countdown3", "train")], tokenizer))
+    data.load(data.Source(task="countdown3", max_prompt_tokens=longest), tokenizer)
+    with pytest.raises(ValueError, match=f"countdown-t.*{longest} tokens.*{longest - 1}"):
+        data.load(data.Source(task="countdown3", max_prompt_tokens=longest - 1), tokenizer)
 
 
 @pytest.mark.parametrize("count, size", [(12, 4), (10, 4), (3, 8)])
 def test_batch_visits_every_row_once_an_epoch(count, size):
     """Guards rows that repeat or are never seen, when the batch does not divide the epoch or is larger too."""
-    items = [{"id": i} for i in range(count)]
+    items = {"one": [{"id": i} for i in range(count)]}
     stream = [row["id"] for step in range(3 * count) for row in data.batch(items, step, size, seed=1)]
     epochs = [stream[i : i + count] for i in range(0, 3 * count * size, count)]
     assert all(sorted(epoch) == list(range(count)) for epoch in epochs)
@@ -141,12 +135,12 @@ def test_batch_visits_every_row_once_an_epoch(count, size):
 
 def test_batch_is_a_function_of_the_step():
     """Guards a resume that repeats or skips a batch: step 7 is the same, whatever was asked before."""
-    items = [{"id": i} for i in range(10)]
+    items = {"one": [{"id": i} for i in range(10)]}
     random.seed(1)
     straight = [data.batch(items, step, 4, seed=5) for step in range(9)]
     random.seed(2)
     assert [data.batch(items, step, 4, seed=5) for step in (8, 7, 0)] == [straight[8], straight[7], straight[0]]
-    assert [row["id"] for row in items] == list(range(10))  # the caller's list is not shuffled
+    assert [row["id"] for row in items["one"]] == list(range(10))  # the caller's list is not shuffled
 
 
 # -------------------------------------------------------------------------------------------------- micro-batches

@@ -165,3 +165,20 @@ def test_fuzz_score():
     results = judged([("", gold, text, False) for gold, text in zip(golds, texts)])
     assert {r["status"] for r in results} <= {"ok", "wrong", "no_answer", "timeout", "memory"}
     assert sum(r["status"] in ("timeout", "memory") for r in results) <= 0.01 * len(results)
+
+
+LEGIBLE = [r"2k\pi+\frac{\pi}{3},k\in\mathbb{Z}", r"\frac{-1 \pm \sqrt{5}}{2}", r"f(x)=x+\frac1x", r"27^{\circ} 30'", "1:2:3",
+           r"10\mathrm{~km}/\mathrm{h}", r"\text{(D)}", "123_{7}", r"x \equiv 3 \pmod{7}", "Monday", "n/a"]  # fmt: skip
+ILLEGIBLE = ["", " ", r"\frac{1}{", r"(-1)^n\binom{n}{k", "{{{", r"a,b,c,\frac{", "https://example.com/x.png", "9^{9^{9^9}}",
+             "The answer is that no such triangle exists, because the angles would come to more than two right ones",
+             r"\begin{tikzpicture}\draw (0,0)--(1,1);\end{tikzpicture}", "9" * 5000]  # fmt: skip
+
+
+def test_which_answers_can_be_judged():
+    """Guards a filter of datasets that throws good answers away, or keeps what no answer could equal but itself; and
+    one answer that takes its neighbours with it."""
+    golds = {case[0]: name for cases in (CASES, TEXTS) for name in cases for case in cases[name]}
+    good = [gold for gold, name in golds.items() if name != "hostile"] + LEGIBLE
+    said = rewards.readable([*good, *ILLEGIBLE], size=16)
+    assert [gold for gold, ok in zip(good, said) if not ok] == []
+    assert [gold for gold, ok in zip(ILLEGIBLE, said[len(good) :]) if ok] == []

@@ -1,4 +1,8 @@
 """Rewards are what RL attacks: golds score 1, nothing else does, and no text raises or takes long."""
+import base64
+import itertools
+import pickle
+import statistics
 import time
 
 import pytest
@@ -19,9 +23,10 @@ def wrap(answer: str) -> str:
 @pytest.mark.parametrize("task", ["countdown", "countdown3"])
 def test_golds_score_one(task):
     """Guards a parser that refuses right answers: every sampled problem's own solution must score 1."""
-    for row in data.load(task, "test", limit=60):
+    for row in data.TASKS[task]("test", 0, "base")[:60]:
         gold = solve(**row["answer"])
-        assert rewards.countdown(wrap(gold), row) == {"reward": 1.0, "correct": 1.0, "status": "ok", "format": 1.0}
+        said = {"reward": 1.0, "correct": 1.0, "status": "ok", "format": 1.0, "answer": gold}
+        assert rewards.countdown(wrap(gold), row) == said
         assert rewards.countdown(wrap(f" {gold[1:-1]}\n"), row)["reward"] == 1.0  # no outer parentheses, spaces
 
 
@@ -143,3 +148,79 @@ def test_summary_leaves_our_failures_out():
         "reward/ok_frac": 0.25, "reward/wrong_frac": 0.25, "reward/timeout_frac": 0.25, "reward/infra_frac": 0.25,
         "reward/memory_frac": 0, "reward/crash_frac": 0, "reward/output_frac": 0, "reward/no_answer_frac": 0,
     })  # fmt: skip
+
+
+def results(row: str) -> list[dict]:
+    """"a" to "z": wrong answers, "+": right, "-": no answer, "!": our machine failed."""
+    said = {"+": {"correct": 1.0, "status": "ok", "answer": "4"}, "-": {"correct": 0.0, "status": "no_answer"}}
+    said["!"] = {"correct": 0.0, "status": "infra"}
+    return [said.get(c, {"correct": 0.0, "status": "wrong", "answer": c}) for c in row]
+
+
+EVALUATED = ["++++", "aabb", "+abb", "++ab", "+ab-", "+aab", "----", "!++a", "!!!!", "aaa+", "+!!!"]
+
+
+def test_evaluation_by_counting():
+    """Guards a biased pass@k (against every subset of the answers), a majority that counts silence or forgets ties,
+    and failures of our own that count as wrong."""
+    sound = [[c for c in row if c != "!"] for row in EVALUATED if set(row) != {"!"}]
+    expected = {"eval/correct": statistics.mean(row.count("+") / len(row) for row in sound)}
+    expected["eval/mean_at_4"] = expected["eval/correct"]
+    for n in (1, 2, 4):
+        subsets = [list(itertools.combinations(row, min(n, len(row)))) for row in sound]
+        expected[f"eval/pass_at_{n}"] = statistics.mean(sum("+" in s for s in some) / len(some) for some in subsets)
+    modes = [statistics.multimode(c for c in row if c != "-") for row in sound]
+    expected["eval/maj_at_4"] = statistics.mean("+" in mode and 1 / len(mode) for mode in modes)
+    assert rewards.evaluation([r for row in EVALUATED for r in results(row)], 4) == pytest.approx(expected)
+
+
+def test_evaluation_of_tasks():
+    """Guards tasks that are mixed up, a majority vote over programs, and k = 1."""
+    scored = results("+a") + [{"correct": 1.0, "status": "ok"}, {"correct": 0.0, "status": "wrong"}] * 2
+    said = rewards.evaluation(scored, 2, ["math"] * 2 + ["code"] * 4)
+    assert said["eval/correct"] == 0.5 and said["eval/math/maj_at_2"] == 0.5 and "eval/code/maj_at_2" not in said
+    assert said["eval/code/pass_at_2"] == said["eval/math/pass_at_2"] == 1.0
+    assert rewards.evaluation(results("+ab"), 1) == {"eval/correct": pytest.approx(1 / 3)}
+    assert rewards.evaluation(results("!!"), 2)["eval/correct"] == 0.0
+
+
+def test_summary_of_tasks():
+    """Guards per-task rewards that are those of another task; with one task there are none."""
+    scored = [{"reward": float(i), "correct": 0.0, "status": "wrong"} for i in range(4)]
+    said = rewards.summary(scored, ["math", "code", "math", "code"])
+    assert said["reward/math/mean"] == 1.0 and said["reward/code/mean"] == 2.0 and said["reward/mean"] == 1.5
+    assert rewards.summary(scored, ["math"] * 4) == rewards.summary(scored)
+
+
+NO_ANSWER_GIVEN = {"boxnet", "graph_color", "propositional_logic", "rubiks_cube", "rush_hour"}  # have many, name none
+
+
+def test_every_task_of_reasoning_gym_in_the_sandbox():
+    """Guards a scorer that fails behind the walls, or that judges another problem than the one that was asked: for
+    every task of the package its own answer scores 1, and nonsense does not."""
+    from reasoning_gym import create_dataset
+    from reasoning_gym.factory import DATASETS
+
+    for name in sorted(DATASETS.keys() - {"composite", *NO_ANSWER_GIVEN}):
+        problems = list(create_dataset(name, seed=1, size=2))
+        entries = [base64.b64encode(pickle.dumps(problem)).decode() for problem in problems]
+        rows = [{"task": f"rg:{name}", "answer": {"name": name, "entry": entry}} for entry in entries]
+        texts = [f"so</think> <answer> {problem['answer']}\n</answer>" for problem in problems]
+        said = rewards.score([*texts, "<answer>?!</answer>", "none"], [*rows, rows[0], rows[0]])
+        assert [r["reward"] for r in said[:2]] == [1.0, 1.0] and said[0]["status"] == "ok", (name, said)
+        assert said[2]["status"] in ("wrong", "crash") or name == "game_of_life_halting", (name, said[2])
+        assert said[3] == {"reward": 0.0, "correct": 0.0, "status": "no_answer"}
+
+
+class Hangs:
+    def __reduce__(self):
+        return eval, ("[None for _ in iter(int, 1)]",)
+
+
+def test_a_scorer_that_hangs_is_killed(monkeypatch):
+    """Guards the trainer against a package that takes for ever, or does not know its own problem."""
+    monkeypatch.setattr(rewards, "GYM_SECONDS", 0.5)
+    hanging, broken = (base64.b64encode(pickle.dumps(problem)).decode() for problem in (Hangs(), {"metadata": {}}))
+    rows = [{"task": "rg:chain_sum", "answer": {"name": "chain_sum", "entry": entry}} for entry in (hanging, broken)]
+    said = rewards.score(["<answer>1</answer>"] * 2, rows)
+    assert [r["status"] for r in said] == ["timeout", "crash"] and [r["reward"] for r in said] == [0.0, 0.0]

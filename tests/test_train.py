@@ -77,8 +77,8 @@ def by_hand(model_path: Path, gamma: float, lam: float, temperature: float, entr
     from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(model_path)
-    rows = data.batch(toy.load_toy("train", 0, "base"), 0, 8)  # the answers of the run, drawn once more
-    prompts = [data.encode(row, tokenizer, 4) for row in rows]
+    rows = data.batch({"toy": toy.load_toy("train", 0, "base")}, 0, 8)  # the answers of the run, drawn once more
+    prompts = data.encode([row["prompt"] for row in rows], tokenizer)
     sampler = rollout.TorchSampler(str(model_path), [tokenizer.eos_token_id], 10)
     samples = sampler.sample(prompts, 1, 6, temperature, rollout.stream(0, 0, 0))
     policy = AutoModelForCausalLM.from_pretrained(model_path)
@@ -221,7 +221,7 @@ def test_resume_is_exact(tmp_path, tiny):
     """Guards checkpoints (both models, both optimizers, KL coefficient, schedule) and determinism: a run killed after
     step 3 and resumed from step 2 has, to the last bit, the metrics of one that was left alone."""
     flags = [*COUNTDOWN, "--model", tiny, "--steps", 5, "--save_every", 2, "--minibatch_size", 8, "--lr", 1e-3,
-             "--warmup", 6, "--critic_lr", 1e-3, "--kl_coef", 0.1, "--kl_target", 0.01, "--kl_horizon", 100,
+             "--warmup", 6, "--critic_lr", 1e-3, "--kl_coef", 0.1, "--kl_target", 0.01,
              "--entropy_coef", 0.1, "--eval_every", 5, "--eval_rows", 8]  # fmt: skip
     whole = start(flags, "--out", tmp_path / "whole")
     killed = start(flags, "--out", tmp_path / "killed")

@@ -56,7 +56,7 @@ def make_tokenizer() -> Qwen2Tokenizer:
         vocabulary, [], pad_token="<pad>", eos_token="<eos>", unk_token=None,
         padding_side="left", model_max_length=512, chat_template=CHAT_TEMPLATE,
     )
-    parts = re.split(r"\{\w+\}|(<.*?>)", data.BASE_PROMPT + "user: " + data.CHAT_PROMPT + "\nassistant: ")
+    parts = re.split(r"\{\w+\}|(<.*?>)", data.BASE_COUNTDOWN + "user: " + data.CHAT_COUNTDOWN + "\nassistant: ")
     phrases = sorted({part for part in parts if part and len(part) > 1} - set(TAGS))
     whole = [*TAGS, *NUMBERS, ", ", ASK, YES, NO, *phrases]
     tokenizer.add_tokens([AddedToken(text, special=False, normalized=False) for text in whole])
@@ -135,7 +135,7 @@ def teach_numbers(embedding: torch.Tensor, tokenizer: Qwen2Tokenizer) -> None:
 
 def warm_up(model: Qwen2ForCausalLM, tokenizer: Qwen2Tokenizer, seed: int, steps: int) -> None:
     """Supervised steps on fresh worked answers of the train split; prompts are never learnt."""
-    rows, rng = data.load("countdown3", "train", seed), random.Random(f"warm-up {seed}")
+    rows, rng = data.TASKS["countdown3"]("train", seed, "base"), random.Random(f"warm-up {seed}")
     newline, think = tokenizer("\n<think>")["input_ids"]
     # Muon for the matrices: in the same time the loss on drills came to 0.10, with AdamW to 0.55.
     matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
