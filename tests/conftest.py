@@ -1,17 +1,23 @@
 """For every test: one thread, no network, the guard for the name `kernels`, and a tiny model with random weights."""
+import atexit
 import os
+import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="ppo-tests-")  # before anybody imports `datasets`
+atexit.register(shutil.rmtree, os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import ppo  # noqa: E402, F401  before any other import of transformers: see the guard at its top
 
+import fixtures  # noqa: E402
 import hypothesis  # noqa: E402
 import pytest  # noqa: E402
 import tiny as tiny_folder  # noqa: E402
 import torch  # noqa: E402
-from transformers import AutoModelForCausalLM  # noqa: E402
+from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 
 torch.set_num_threads(1)
 hypothesis.settings.register_profile("tests", deadline=None, derandomize=True, database=None, max_examples=100)
@@ -38,3 +44,16 @@ def tiny(tmp_path_factory) -> str:
 @pytest.fixture(scope="session")
 def tiny_untied(tmp_path_factory) -> str:
     return random_folder(tmp_path_factory.mktemp("tiny_untied"), tie=False)
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory) -> Path:
+    """Of a tokenizer without merges that can encode any text, with the chat template of Qwen."""
+    path = tmp_path_factory.mktemp("tokenizer")
+    fixtures.tokenizer(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def tok(folder):
+    return AutoTokenizer.from_pretrained(folder)

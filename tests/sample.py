@@ -1,4 +1,4 @@
-"""[torchrun ...] python tests/sample.py MODEL ENGINE TP TEMPERATURE: prints what an engine answers to fixed prompts."""
+"""[torchrun ...] python tests/sample.py MODEL ENGINE TP TEMPERATURE [STOP]: what an engine answers to fixed prompts."""
 import json
 import sys
 from pathlib import Path
@@ -17,7 +17,7 @@ _, ranks = kernels.start_ranks(bf16=False, sp=1)
 tokenizer = AutoTokenizer.from_pretrained(path)
 prompts = data.encode([row["prompt"] for row in data.TASKS["countdown3"]("test", 0, "base")[:6]], tokenizer)
 prompts = [prompt[i:] for i, prompt in enumerate(prompts)]  # of different lengths
-sampler = rollout.make_sampler(engine, path, [tokenizer.eos_token_id], tp=tp, max_len=90, dtype="float32")
+sampler = rollout.make_sampler(engine, path, [tokenizer.eos_token_id], tp=tp, max_len=90, dtype="float32", stop=sys.argv[5:])
 n = 2 if temperature else 1
 seed = n * len(prompts) * ranks.rank // ranks.world
 samples = kernels.gather(sampler.sample(kernels.share(prompts, ranks), n, 40, temperature, seed), ranks)

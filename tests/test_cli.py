@@ -1,5 +1,6 @@
 """What a user types: flags, mistakes, the dry run, the programs that each file is."""
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -83,6 +84,34 @@ def test_dry_run(tiny, tmp_path):
     assert said.returncode == 0, said.stderr[-2000:]
     assert "plan: 4 prompts x 1 = 4 samples a step" in said.stdout and "one batch: reward" in said.stdout
     assert "response" in said.stdout and not (tmp_path / "run").exists()  # nothing in the way of the real run
+
+
+@pytest.mark.parametrize("gb, verdict", [(80, "fits in 80 GB"), (0.01, "does not fit in 0.01 GB")])
+def test_the_memory_plan_loads_nothing(tiny, tmp_path, gb, verdict):
+    """Guards --plan_gpus: the table and the verdict, for GPUs that are not there, without a weight or a row."""
+    (tmp_path / "model").mkdir()
+    shutil.copy(Path(tiny) / "config.json", tmp_path / "model")
+    said = run("ppo.py", "--model", tmp_path / "model", "--steps", "0", "--plan_gpus", "4", "--plan_gb", gb,
+               "--max_prompt_tokens", "100", "--max_new_tokens", "100", "--kl_coef", "0.1", "--out", tmp_path)  # fmt: skip
+    assert said.returncode == 0, said.stderr[-2000:]
+    assert verdict in said.stdout and "on each of 4 ranks" in said.stdout and "KV cache" in said.stdout
+    assert "reference weights" in said.stdout
+
+
+def test_evaluation_alone(tiny, tmp_path):
+    """Guards --eval_only: of a checkpoint, it says what the run itself said of it, and keeps every answer."""
+    flags = ["--task", "countdown3", "--engine", "torch", "--max_prompt_tokens", "64", "--max_new_tokens", "8", "--lr", "1e-2",
+             "--entropy_coef", "1", "--eval_rows", "6", "--eval_samples", "3", "--prompts_per_step", "8"]  # fmt: skip
+    ran = run("ppo.py", *flags, "--model", tiny, "--steps", "1", "--eval_every", "1", "--out", tmp_path / "run")
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    policy = tmp_path / "run" / "checkpoints" / "step_1" / "policy"
+    said = run("ppo.py", *flags, "--model", policy, "--eval_only", "--out", tmp_path / "eval")
+    assert said.returncode == 0, said.stderr[-2000:]
+    before, after = [json.loads(line) for line in open(tmp_path / "run" / "metrics.jsonl")]
+    (alone,) = [json.loads(line) for line in open(tmp_path / "eval" / "metrics.jsonl")]
+    assert {key: alone[key] for key in after if key.startswith("eval/")} == {k: v for k, v in after.items() if "eval/" in k}
+    assert "eval/pass_at_2" in alone and alone != before and "eval/correct" in said.stdout
+    assert sum(1 for _ in open(tmp_path / "eval" / "samples.jsonl")) == 18
 
 
 def test_checkpoints_are_ordinary_folders(tiny, tmp_path):

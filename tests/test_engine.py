@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from planted import Bug, plant
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -22,9 +22,9 @@ WAYS = {  # name -> engine, temperature, ranks, tp
 }
 
 
-def ask(model: str, engine: str, temperature: float, ranks: int, tp: int) -> subprocess.Popen:
+def ask(model: str, engine: str, temperature: float, ranks: int, tp: int, *stop: str) -> subprocess.Popen:
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
-    command = [sys.executable, *(launch if ranks > 1 else []), "tests/sample.py", model, engine, tp, temperature]
+    command = [sys.executable, *(launch if ranks > 1 else []), "tests/sample.py", model, engine, tp, temperature, *stop]
     return subprocess.Popen(map(str, command), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
@@ -34,10 +34,14 @@ def answers(tiny) -> dict[str, dict]:
     found = {}
     for names in (list(WAYS)[:2], list(WAYS)[2:4], list(WAYS)[4:5], list(WAYS)[5:]):
         for name, process in [(name, ask(tiny, *WAYS[name])) for name in names]:
-            out, errors = process.communicate(timeout=200)
-            assert process.returncode == 0, errors[-3000:]
-            found[name] = json.loads(next(line for line in out.splitlines() if line.startswith('{"prompts"')))
+            found[name] = answered(process)
     return found
+
+
+def answered(process: subprocess.Popen) -> dict:
+    out, errors = process.communicate(timeout=200)
+    assert process.returncode == 0, errors[-3000:]
+    return json.loads(next(line for line in out.splitlines() if line.startswith('{"prompts"')))
 
 
 def ids(drawn: dict) -> list[list[int]]:
@@ -77,6 +81,23 @@ def test_sampling_depends_on_the_seed_alone(tiny, answers):
     drawn = ids(answers["vllm drawn"])
     assert all(a != b for a, b in zip(drawn[::2], drawn[1::2]))
     assert ids(answers["two ranks, two engines"]) == drawn
+
+
+def test_stop_texts_end_a_response(tiny, answers):
+    """Guards --stop in both engines: a response ends with the token that completes the text, the text stays in it, and
+    nothing else changes."""
+    tokenizer, whole = AutoTokenizer.from_pretrained(tiny), ids(answers["vllm greedy"])
+    texts = [tokenizer.decode(response) for response in whole]
+    pairs = sorted({text[i : i + 2] for text in texts for i in range(5, len(text) - 10)})
+    stop = next(pair for pair in pairs if pair.isascii() and pair.isprintable() and " " not in pair)
+    expected = []
+    for response, (_, _, finished) in zip(whole, answers["vllm greedy"]["samples"]):
+        ends = (t for t in range(1, len(response) + 1) if stop in tokenizer.decode(response[:t]))
+        end = next(ends, None)
+        expected.append((response[:end], finished or end is not None))
+    assert any(len(cut) < len(response) for (cut, _), response in zip(expected, whole))
+    for process in [ask(tiny, engine, 0.0, 1, 1, stop, "not to be found") for engine in ("vllm", "torch")]:
+        assert [(response, finished) for response, _, finished in answered(process)["samples"]] == expected
 
 
 STALE = Bug("one-weight-not-synced", "kernels.py", "for name, p in model.named_parameters():",
