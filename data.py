@@ -10,6 +10,7 @@ A row is the only contract with rewards.py: {"task": str, "prompt": str | list[d
 "prompt" is text for a base model, or chat messages, to which the tokenizer's template is applied at run time.
 """
 import base64
+import glob
 import hashlib
 import json
 import os
@@ -80,10 +81,13 @@ def ask(messages: list[dict], task: str, template: str) -> str | list[dict]:
 
 
 def encode(prompts: list[str | list[dict]], tokenizer) -> list[list[int]]:
-    """Token ids of the prompts, chat template included (applied here and never baked into files); the same ids are
-    fed to the engine and to the trainer."""
+    """Token ids of the prompts, as engine and trainer get them; the chat template is applied here, never in files."""
     chat = {"add_generation_prompt": True, "tokenize": False}
-    texts = [p if isinstance(p, str) else tokenizer.apply_chat_template(p, **chat) for p in prompts]
+    try:
+        texts = [p if isinstance(p, str) else tokenizer.apply_chat_template(p, **chat) for p in prompts]
+    except Exception as error:  # jinja's, and those that templates raise
+        fix = "try --system_prompt drop, or --template base"
+        raise ValueError(f"{tokenizer.name_or_path!r}: its chat template refuses a prompt: {error}: {fix}") from error
     return tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
 
 
@@ -198,8 +202,8 @@ def code_answer(given) -> dict:
         need(all(isinstance(line, str) for line in lines), mistyped)
     else:  # arguments as JSON, one a line, or in a list; a result as JSON
         need(all(isinstance(test, str | list) for test in inputs), mistyped)
-        lines = [line for test in inputs if isinstance(test, str) for line in test.split("\n")]
-        for text in filter(str.strip, lines + [test for test in outputs if isinstance(test, str)]):
+        lines = [line for test in inputs if isinstance(test, str) for line in test.split("\n") if line.strip()]
+        for text in lines + [test for test in outputs if isinstance(test, str)]:
             parse_json(text, "tests are no JSON")
     return {"inputs": inputs, "outputs": outputs, "fn_name": name}
 
@@ -209,7 +213,8 @@ def read(raw: dict, number: int, split: str, wanted: list[str], columns: dict[st
     if list(raw) == ["text"]:  # a line of a JSONL file
         text = raw["text"].removeprefix("\ufeff")
         need(text.strip(), "empty line")
-        raw = parse_json(text, "not UTF-8" if re.search(r"\\x[89a-f][0-9a-f]", text) else "no JSON")
+        need("\ufffd" not in text, "not UTF-8")  # what came into the place of such bytes
+        raw = parse_json(text, "no JSON")
         need(isinstance(raw, dict), "no JSON object")
     for name, column in columns.items():
         need(column in raw, f"no column {column!r}")
@@ -217,10 +222,9 @@ def read(raw: dict, number: int, split: str, wanted: list[str], columns: dict[st
     rule = raw.get("reward_model")
     gold = rule.get("ground_truth") if isinstance(rule, dict) else None
     raw = raw | gold if isinstance(gold, dict) and "target" in gold else raw  # TinyZero's files
-    task = raw.get("task") or ("countdown" if "target" in raw else raw.get("ability") or wanted[0])
+    task = raw.get("task", "countdown" if "target" in raw else raw.get("ability", wanted[0]))
     need(task in wanted, f"task {task} not asked for" if str(task).isidentifier() else "task not asked for")
-    where = str(raw.get("data_source") or task)
-    row = {"task": task, "source": where, "id": f"{where}-{split}-{number}"}
+    row = {"task": task, "source": str(raw.get("data_source") or task), "id": f"{task}-{split}-{number}"}
 
     if task == "countdown":
         numbers, target = raw.get("numbers", raw.get("nums")), raw.get("target")
@@ -265,7 +269,7 @@ def prepare(table, indices: list[int], reader, tokenizer, limit: int) -> dict[st
             why = "not UTF-8"
         except BadRow as error:
             why = str(error)
-        where, task = str(raw.get("data_source") or row.get("source", ""))[:26], row.get("task", "")
+        where, task = " ".join(str(raw.get("data_source") or row.get("source", "")).split())[:26], row.get("task", "")
         asked = hashlib.sha256(" ".join(row.get("asked", "").split()).encode()).digest()[:8]  # spaces aside
         out.append({"source": where, "task": task, "dropped": why, "asked": int.from_bytes(asked, signed=True)})
         out[-1]["math"] = row["answer"] if task == "math" else ""
@@ -295,25 +299,26 @@ def open_tables(path: str, options: dict[str, str]) -> dict:
     """{"train": table, perhaps "test": table} of a file, a folder of files or a hub id, with the rows on disk."""
     import datasets
 
-    where, files, tables = Path(path).expanduser(), {}, {}
+    where, tables = Path(path).expanduser(), {}
+    files = {"train": [where]} if where.suffix in FILES else {}
     if where.is_dir():
+        found = [p for p in sorted(where.rglob("[!.]*")) if p.suffix in FILES and p.is_file()]
         names = dict.fromkeys(["train", *HELD_OUT, *options.values()])
-        files = {name: sorted(p for p in where.rglob(f"{name}*") if p.suffix in FILES) for name in names}
-    elif where.suffix in FILES:
-        files = {"train": [where]} | ({options["test"]: [Path(options["test"])]} if "test" in options else {})
+        files = {name: [p for p in found if p.name.startswith(name)] for name in names}
+    if Path(options.get("test", "")).suffix in FILES:
+        files[options["test"]] = [Path(options["test"]).expanduser()]
     try:
         for split, found in files.items():
-            if found:
-                (kind,) = {FILES.get(p.suffix, "text") for p in found}  # not both
-                more = {"encoding_errors": "backslashreplace"} if kind == "text" else {}  # bad bytes: \\xff, no JSON
-                given = [str(p) for p in found]
-                tables[split] = datasets.load_dataset(kind, data_files=given, split="train", **more)
+            for where in found:
+                kind = FILES.get(where.suffix, "text")
+                more = {"encoding_errors": "replace"} if kind == "text" else {}
+                part = datasets.load_dataset(kind, data_files=glob.escape(str(where)), split="train", **more)
+                tables[split] = datasets.concatenate_datasets([tables[split], part]) if split in tables else part
         tables = tables if files else dict(datasets.load_dataset(path, options.get("config", CONFIG.get(path))))
     except Exception as error:  # the libraries below raise a dozen kinds
-        what = "cannot be read" if files else "is no file or folder here, and no hub id that can be reached"
-        raise ValueError(f"data={path!r} {what}: {error}") from error
-    train = options.get("train", "train")
-    test = options.get("test") or next((name for name in HELD_OUT if name in tables and name != train), None)
+        raise ValueError(f"data={path!r}: no file here, no hub id in reach, or {where} is damaged: {error}") from error
+    train, found = options.get("train", "train"), [name for name in HELD_OUT if name in tables]
+    test = options.get("test") or next((name for name in found if name != train), None)
     for name in {train, test} - {None, *tables}:
         raise ValueError(f"data={path!r} has {sorted(tables)}, no {name!r}: say which, {path}:train=...,test=...")
     return {"train": tables[train]} | ({"test": tables[test]} if test else {})
@@ -326,7 +331,8 @@ def prepare_table(table, reader, tokenizer, limit: int, key: str, progress: bool
     from filelock import FileLock
 
     code = [Path(__file__).with_name(name).read_text() for name in ("data.py", "rewards.py", "equality.py")]
-    text = [table._fingerprint, key, tokenizer.backend_tokenizer.to_str(), str(tokenizer.chat_template), *code]
+    made = [tokenizer.backend_tokenizer.to_str(), f"{tokenizer.chat_template} {tokenizer.special_tokens_map}"]
+    text = [table._fingerprint, key, *made, *code]
     name = hashlib.sha256("\n".join(text).encode()).hexdigest()[:32]
     folder = Path(datasets.config.HF_DATASETS_CACHE, f"ppo-{name}")
     folder.mkdir(parents=True, exist_ok=True)
@@ -367,8 +373,7 @@ class Split(NamedTuple):
 
     def report(self) -> str:
         """Rows, kept and dropped, of every data_source; and how many for which reason, with the first of them."""
-        counts: dict[str, Counter] = {}
-        first: dict[tuple[str, str], int] = {}
+        counts, first = {}, {}
         for i, (where, why) in enumerate(zip(self.prepared["source"], self.dropped)):
             counts.setdefault(where, Counter())[why] += 1
             first.setdefault((where, why), i + 1)
@@ -417,15 +422,14 @@ def open_source(place: str, wanted: list[str], source: Source, tokenizer, progre
 
 
 def hold_out(train: Split) -> Split:
-    """A test split for a source without one, the same in every run; what goes there is marked in `train`."""
+    """A test split for a source without one, always the same: TinyZero's, or the questions of one hash in fifty."""
     rows, out, unused = range(len(train.asked)), set(), range(0)
     if len(rows) >= sum(TINYZERO) and "countdown" in train.tasks:
         out, unused = rows[TINYZERO[0] : sum(TINYZERO)], rows[sum(TINYZERO) :]
     for task in set(train.tasks) if not unused else ():
-        own = [i for i in rows if train.tasks[i] == task and not train.dropped[i]]
-        asked = sorted({train.asked[i] for i in own})  # by the hash; the same question stays together
-        asked = set(asked[: max(1, min(1_024, len(asked) // 50))])
-        out |= {i for i in own if train.asked[i] in asked}
+        asked = {train.asked[i]: i for i in rows if train.tasks[i] == task and not train.dropped[i]}
+        chosen = {hash for hash in asked if hash % 50 == 0} or {min(asked, default=0)}
+        out |= {i for i in rows if train.tasks[i] == task and train.asked[i] in chosen}
     test = train._replace(name="test", dropped=[train.dropped[i] or ("" if i in out else "for training") for i in rows])
     for i in rows:
         train.dropped[i] = train.dropped[i] or ("held out" if i in out else "spare" if i in unused else "")
@@ -462,7 +466,8 @@ def load(source: Source, tokenizer, seed: int = 0, eval_rows: int = 256, progres
     weights, train, test = mixture(source.task), {}, {}
     opened = open_sources(list(weights), source, tokenizer, progress)
     for name, splits in ((name, splits) for wanted, splits in opened for name in wanted):
-        train[name], test[name] = splits[0].rows(name), splits[1].rows(name)[:eval_rows]
+        train[name], held = splits[0].rows(name), splits[1].rows(name)
+        test[name] = [held[i] for i in sorted(random.Random(0).sample(range(len(held)), min(eval_rows, len(held))))]
     for name in weights.keys() - train.keys():
         make = partial(gym, name[3:]) if name.startswith("rg:") else TASKS[name]
         train[name], test[name] = make("train", seed, source.template), make("test", seed, source.template)[:eval_rows]
@@ -487,8 +492,7 @@ def order(count: int, epoch: int, seed: int) -> list[int]:
 
 
 def drawn(total: int, weights: dict[str, Fraction]) -> dict[str, int]:
-    """How many of the first `total` rows of a run come from each task: its share, give or take one for every task. A
-    growing total never takes one back."""
+    """How many of a run's first `total` rows come from each task: its share, give or take one; never less with more."""
     shares = {name: Fraction(w) for name, w in weights.items()}
     out, left, weight = {}, total, sum(shares.values())
     for name, w in shares.items():
@@ -531,8 +535,7 @@ def plan_microbatches(lengths: list[int], budget: int, ranks: int = 1) -> list[l
         raise ValueError(f"a sequence of {longest} tokens does not fit {budget}: raise --max_tokens_per_microbatch")
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
 
-    bins: list[list[int]] = []  # first fit, longest first
-    room: list[int] = []
+    bins, room = [], []  # first fit, longest first
     for i in order:
         k = next((k for k, free in enumerate(room) if free >= lengths[i]), len(bins))
         if k == len(bins):
@@ -568,11 +571,8 @@ def plan_summary(lengths: list[int], budget: int, ranks: int = 1) -> dict[str, f
     """How full the micro-batches of a plan are, and by how much the busiest rank exceeds the mean."""
     plan = plan_microbatches(lengths, budget, ranks)
     load = [sum(cost(lengths[i]) for microbatch in rank for i in microbatch) for rank in plan]
-    return {
-        "perf/microbatches": len(plan[0]),
-        "perf/pack_fill": sum(lengths) / (budget * len(plan[0]) * ranks),
-        "perf/rank_imbalance": max(load) * ranks / sum(load) - 1,
-    }
+    fill, imbalance = sum(lengths) / (budget * len(plan[0]) * ranks), max(load) * ranks / sum(load) - 1
+    return {"perf/microbatches": len(plan[0]), "perf/pack_fill": fill, "perf/rank_imbalance": imbalance}
 
 
 # ----------------------------------------------------------------------------------------------- python data.py eurus
@@ -584,11 +584,11 @@ def eurus(out: str, model: str, source: Source = Source(task="math,code", templa
     from transformers import AutoTokenizer
 
     Path(out).mkdir(parents=True)
-    for _, splits in open_sources(list(mixture(source.task)), source, AutoTokenizer.from_pretrained(model), True):
-        for split, name in zip(splits, ("train", "validation")):
-            print(split.report())
-            kept = [i for i, why in enumerate(split.dropped) if not why]
-            split.table.select(kept).to_parquet(Path(out, f"{name}.parquet"))
+    ((_, splits),) = open_sources(list(mixture(source.task)), source, AutoTokenizer.from_pretrained(model), True)
+    for split, name in zip(splits, ("train", "validation")):
+        print(split.report())
+        kept = [i for i, why in enumerate(split.dropped) if not why]
+        split.table.select(kept).to_parquet(Path(out, f"{name}.parquet"))
 
 
 if __name__ == "__main__":

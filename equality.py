@@ -419,6 +419,25 @@ def readable(gold: str) -> bool:
     return not (prose or too_big(s)) and legible(s)
 
 
+LETTER = r"(?:[a-zA-Z§]|\\(?:pi|alpha|beta|gamma|delta|theta|lambda|mu|phi|varphi|omega|sigma|rho|infty)(?![a-zA-Z]) ?)"
+ATOM = rf"(?:(?>\d+(?:\.\d+)?)|{LETTER})"
+POWER = rf"(?:\^-?{ATOM}|\^\\circ(?![a-zA-Z]) ?|_{ATOM}|[!'])"
+APPLIED = r"\\(?:(?:arc)?(?:sin|cos|tan|cot)|sec|csc|ln|log|exp)(?![a-zA-Z]) ?"
+FACTOR = rf"(?:(?:{APPLIED}{POWER}?)?{ATOM}{POWER}*)"
+FLAT = rf"[-+]?{FACTOR}++(?:(?:[-+*/<>=]|\\(?:cdot|le|ge|ne)(?![a-zA-Z]) ?)[-+]?{FACTOR}++)*+"
+GROUP = re.compile(  # what a formula is made of: the innermost groups, each a sum of products
+    rf"\\frac\{{{FLAT}\}}\{{{FLAT}\}}|\\sqrt(?:\[\d\])?\{{{FLAT}\}}|(?<![a-z\]}}])\{{{FLAT}\}}|\({FLAT}\)|\|{FLAT}\|"
+)
+
+
+def well_formed(s: str) -> bool:
+    """Ordinary formulas, which the parser would take a hundred times longer to accept; False is no verdict."""
+    before = ""
+    while s != before:
+        before, s = s, GROUP.sub("§", s)
+    return re.fullmatch(FLAT, s) is not None
+
+
 def legible(s: str) -> bool:
     """One of RULES knows all parts of it."""
     s = re.sub(r"\\[pm]m ?(?!od)", "+", s)
@@ -429,11 +448,12 @@ def legible(s: str) -> bool:
         return False
     held, named = bracketed(s), NAME.fullmatch(s)
     sides = split(s, r"(?<![\\<>!:])=|:|\\(?:cup|in|equiv)(?![a-z]) ?")
-    parts = held[1] if held else members(s) if len(split(s, ";|,")) > 1 else sides
+    listed = members(s) if len(split(s, ";|,")) > 1 else sides
+    parts = split(s.strip("\\")[1:-1].strip("\\"), "[,;]") if held else listed
     if len(parts) > 1:
         return all(map(legible, parts))
     measured, unit = measure(re.sub(r"\\pmod\{?(\w+)\}?$", "", s))
-    return legible(measured) if unit or measured != s else named is not None or by_sympy(s, s)
+    return legible(measured) if unit or measured != s else named is not None or well_formed(s) or by_sympy(s, s)
 
 
 def readables(golds: list[str]) -> list[bool]:
