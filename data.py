@@ -9,12 +9,10 @@ and preprocessing (`load` reads the published files, and keeps what it worked ou
 A row is the only contract with rewards.py: {"task": str, "prompt": str | list[dict], "answer": ..., "id": str}.
 "prompt" is text for a base model, or chat messages, to which the tokenizer's template is applied at run time.
 """
-import base64
 import glob
 import hashlib
 import json
 import os
-import pickle
 import random
 import re
 import subprocess
@@ -35,7 +33,7 @@ class Source:
     data: tuple[str, ...] = ()  # file, folder or hub id for all tasks or for each, [:prompt=COLUMN,answer=COLUMN,...]
     template: Literal["base", "chat"] = "base"  # plain text for base models, chat messages for instruct models
     system_prompt: str = "drop"  # of a dataset: drop, keep, or the text to use instead
-    max_prompt_tokens: int = 1000  # rows with longer prompts are left out; counted with the template
+    max_prompt_tokens: int = 1000  # with the template; longer ones in files are left out, made by rule an error
 
 
 class Data(NamedTuple):
@@ -82,9 +80,10 @@ def ask(messages: list[dict], task: str, template: str) -> str | list[dict]:
 
 def encode(prompts: list[str | list[dict]], tokenizer) -> list[list[int]]:
     """Token ids of the prompts, as engine and trainer get them; the chat template is applied here, never in files."""
-    chat = {"add_generation_prompt": True, "tokenize": False}
+    chat = {"add_generation_prompt": True, "tokenize": False, "date_string": "26 Jul 2024"}  # Llama's would be today
+    begin = tokenizer.bos_token if tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id] else ""
     try:
-        texts = [p if isinstance(p, str) else tokenizer.apply_chat_template(p, **chat) for p in prompts]
+        texts = [begin + p if isinstance(p, str) else tokenizer.apply_chat_template(p, **chat) for p in prompts]
     except Exception as error:  # jinja's, and those that templates raise
         fix = "try --system_prompt drop, or --template base"
         raise ValueError(f"{tokenizer.name_or_path!r}: its chat template refuses a prompt: {error}: {fix}") from error
@@ -92,11 +91,6 @@ def encode(prompts: list[str | list[dict]], tokenizer) -> list[list[int]]:
 
 
 # -------------------------------------------------------------------------------------------------- rows made by rule
-
-
-def is_held_out(numbers: list[int]) -> bool:
-    """One set of numbers in ten belongs to the test split, whatever the seed; no training problem shares it."""
-    return hashlib.sha256(repr(sorted(numbers)).encode()).digest()[0] % 10 == 0
 
 
 def countdown(
@@ -108,7 +102,8 @@ def countdown(
     seen, out = set(), []
     while len(out) < (train if split == "train" else 1_024):
         numbers = [rng.randint(1, max_number) for _ in range(rng.choice(sizes))]
-        if is_held_out(numbers) != (split == "test"):
+        held_out = hashlib.sha256(repr(sorted(numbers)).encode()).digest()[0] % 10 == 0  # whatever the seed
+        if held_out != (split == "test"):
             continue
         values = [Fraction(n) for n in numbers]
         while len(values) > 1:  # combine two of them until one value is left
@@ -118,28 +113,33 @@ def countdown(
         if target.denominator != 1 or not 1 <= target <= 100 or key in seen:
             continue
         seen.add(key)
-        prompt = ask_countdown(numbers, int(target), template)
-        answer = {"numbers": numbers, "target": int(target)}
+        prompt, answer = ask_countdown(numbers, int(target), template), {"numbers": numbers, "target": int(target)}
         out.append({"task": "countdown", "prompt": prompt, "answer": answer, "id": f"countdown-{split}-{len(out)}"})
     return out
 
 
+GYM = """import base64, json, pickle, random, sys, numpy  # in its own process: some tasks use the global random state
+random.seed(0), numpy.random.seed(0)
+import reasoning_gym
+problems = reasoning_gym.create_dataset(sys.argv[1], seed=int(sys.argv[2]), size=int(sys.argv[3]))
+print("\\n" + json.dumps({p["question"]: base64.b64encode(pickle.dumps(p)).decode() for p in problems}))"""
+
+
 def gym(name: str, split: str, seed: int, template: str) -> list[dict]:
-    """Rows of a reasoning-gym task; the answer is the whole problem, for its own scorer. The test rows are the same for
-    every seed, and no training row asks the same question."""
-    try:
-        import reasoning_gym
-    except ImportError as error:
-        raise ValueError(f"task=rg:{name} needs a package: pip install reasoning-gym") from error
-    if name not in reasoning_gym.factory.DATASETS:
-        raise ValueError(f"task=rg:{name}: reasoning-gym has {', '.join(sorted(reasoning_gym.factory.DATASETS))}")
-    test = {p["question"]: p for p in reasoning_gym.create_dataset(name, seed=0, size=256)}
-    train = reasoning_gym.create_dataset(name, seed=seed + 1, size=2_000) if split == "train" else ()
-    out = []
-    for p in test.values() if split == "test" else (p for p in train if p["question"] not in test):
-        answer = {"name": name, "entry": base64.b64encode(pickle.dumps(p)).decode()}
-        prompt = ask([{"role": "user", "content": p["question"]}], "rg", template)
-        out.append({"task": f"rg:{name}", "prompt": prompt, "answer": answer, "id": f"{name}-{split}-{len(out)}"})
+    """Rows of a reasoning-gym task; the answer is the problem, for its own scorer. Test rows do not know the seed."""
+
+    def made(seed: int, size: int) -> dict[str, str]:  # equal on all ranks, whatever the order of sets
+        run = {"env": os.environ | {"PYTHONHASHSEED": "0"}, "capture_output": True, "text": True}
+        done = subprocess.run([sys.executable, "-c", GYM, name, str(seed), str(size)], **run)
+        if done.returncode:
+            raise ValueError(f"task=rg:{name}: {done.stderr[-300:]}pip install reasoning-gym and use one of its tasks")
+        return json.loads(done.stdout.splitlines()[-1])
+
+    test, out = made(0, 256), []
+    for question, entry in (test if split == "test" else made(seed + 1, 2_000)).items():
+        if split == "test" or question not in test:
+            prompt, where = ask([{"role": "user", "content": question}], "rg", template), f"{name}-{split}-{len(out)}"
+            out.append({"task": f"rg:{name}", "prompt": prompt, "answer": {"name": name, "entry": entry}, "id": where})
     return out
 
 
@@ -151,7 +151,6 @@ TASKS = {  # task -> loader(split, seed, template) of rows that need no file; sp
 # ------------------------------------------------------------------------------------------- rows of published files
 
 DEFAULT = dict.fromkeys(("math", "code"), "PRIME-RL/Eurus-2-RL-Data") | {"countdown": None}  # tasks read from files
-CONFIG = {"openai/gsm8k": "main"}  # hub ids that will not load without
 TINYZERO = 327_680, 1_024  # rows of Countdown-Tasks-3to4 for training, and the next ones for testing
 FILES = {".parquet": "parquet", ".jsonl": "text"}  # file name -> builder of datasets; lines are parsed here, with names
 HELD_OUT = ("validation", "test", "val", "dev")  # names of the split to evaluate on, the first that there is
@@ -222,8 +221,9 @@ def read(raw: dict, number: int, split: str, wanted: list[str], columns: dict[st
     rule = raw.get("reward_model")
     gold = rule.get("ground_truth") if isinstance(rule, dict) else None
     raw = raw | gold if isinstance(gold, dict) and "target" in gold else raw  # TinyZero's files
-    task = raw.get("task", "countdown" if "target" in raw else raw.get("ability", wanted[0]))
-    need(task in wanted, f"task {task} not asked for" if str(task).isidentifier() else "task not asked for")
+    otherwise = "countdown" if "target" in raw and "countdown" in wanted else wanted[0]
+    task = str(raw.get("task", raw.get("ability", otherwise))).lower()
+    need(task in wanted, f"task {task} not asked for" if task.isidentifier() else "task not asked for")
     row = {"task": task, "source": str(raw.get("data_source") or task), "id": f"{task}-{split}-{number}"}
 
     if task == "countdown":
@@ -289,16 +289,15 @@ class Rows(Sequence):
         return len(self.chosen)
 
     def __getitem__(self, i):
-        if isinstance(i, slice):
-            return [self[k] for k in range(*i.indices(len(self)))]
         index = self.chosen[i]
         return self.reader(self.table[index], index + 1) | {"ids": self.prepared[index]["ids"]}
 
 
-def open_tables(path: str, options: dict[str, str]) -> dict:
+def open_tables(path: str, options: dict[str, str], progress: bool) -> dict:
     """{"train": table, perhaps "test": table} of a file, a folder of files or a hub id, with the rows on disk."""
     import datasets
 
+    (datasets.enable_progress_bars if progress else datasets.disable_progress_bars)()
     where, tables = Path(path).expanduser(), {}
     files = {"train": [where]} if where.suffix in FILES else {}
     if where.is_dir():
@@ -314,7 +313,9 @@ def open_tables(path: str, options: dict[str, str]) -> dict:
                 more = {"encoding_errors": "replace"} if kind == "text" else {}
                 part = datasets.load_dataset(kind, data_files=glob.escape(str(where)), split="train", **more)
                 tables[split] = datasets.concatenate_datasets([tables[split], part]) if split in tables else part
-        tables = tables if files else dict(datasets.load_dataset(path, options.get("config", CONFIG.get(path))))
+        if "train" not in files:
+            config = options.get("config", "main" if path == "openai/gsm8k" else None)
+            tables |= dict(datasets.load_dataset(path, config))
     except Exception as error:  # the libraries below raise a dozen kinds
         raise ValueError(f"data={path!r}: no file here, no hub id in reach, or {where} is damaged: {error}") from error
     train, found = options.get("train", "train"), [name for name in HELD_OUT if name in tables]
@@ -325,20 +326,17 @@ def open_tables(path: str, options: dict[str, str]) -> dict:
 
 
 def prepare_table(table, reader, tokenizer, limit: int, key: str, progress: bool):
-    """The table that `prepare` makes, and the math answers in it that the verifier cannot read; from the cache when
-    nothing has changed. Whichever process comes first works on all cores, the others wait for it."""
+    """What `prepare` makes of a table, and the math answers that the verifier cannot read; made once a machine."""
     import datasets
     from filelock import FileLock
 
     code = [Path(__file__).with_name(name).read_text() for name in ("data.py", "rewards.py", "equality.py")]
     made = [tokenizer.backend_tokenizer.to_str(), f"{tokenizer.chat_template} {tokenizer.special_tokens_map}"]
-    text = [table._fingerprint, key, *made, *code]
-    name = hashlib.sha256("\n".join(text).encode()).hexdigest()[:32]
+    name = hashlib.sha256("\n".join([table._fingerprint, key, *made, *code]).encode()).hexdigest()[:32]
     folder = Path(datasets.config.HF_DATASETS_CACHE, f"ppo-{name}")
     folder.mkdir(parents=True, exist_ok=True)
-    verdicts, cores = folder / "unreadable.json", len(os.sched_getaffinity(0))
+    verdicts, cores = folder / "unreadable.json", min(32, len(os.sched_getaffinity(0)))
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # processes are enough; forks of threads are trouble
-    (datasets.enable_progress_bars if progress else datasets.disable_progress_bars)()
     with FileLock(folder / "lock"):
         prepared = table.with_format("arrow").map(
             partial(prepare, reader=reader, tokenizer=tokenizer, limit=limit), with_indices=True, batched=True,
@@ -349,9 +347,10 @@ def prepare_table(table, reader, tokenizer, limit: int, key: str, progress: bool
             answers = {a for a, why in zip(prepared["math"], prepared["dropped"]) if a and not why}
             answers = sorted(a for a in answers if not re.fullmatch(r"-?\d{1,30}", a))
             program = [sys.executable, Path(__file__).with_name("rewards.py"), "readable", *["--progress"] * progress]
-            given = {"input": json.dumps(answers).encode(), "stdout": subprocess.PIPE, "check": True}
-            said = json.loads(subprocess.run(program, **given).stdout) if answers else []
-            verdicts.with_suffix(".new").write_text(json.dumps([a for a, ok in zip(answers, said) if not ok]))
+            given = {"env": os.environ | {"LOCAL_WORLD_SIZE": "1"}, "input": json.dumps(answers).encode()}  # all cores
+            said = subprocess.run(program, stdout=subprocess.PIPE, check=True, **given).stdout if answers else "[]"
+            bad = [answer for answer, ok in zip(answers, json.loads(said)) if not ok]
+            verdicts.with_suffix(".new").write_text(json.dumps(bad))
             verdicts.with_suffix(".new").rename(verdicts)
     return prepared, set(json.loads(verdicts.read_text()))
 
@@ -409,7 +408,7 @@ def open_source(place: str, wanted: list[str], source: Source, tokenizer, progre
     if set(options) - {"train", "test", "config"}:
         raise ValueError(f"data={place!r}: after the colon come prompt=, answer=, train=, test=, config=")
     splits = []
-    for name, table in open_tables(path, options).items():
+    for name, table in open_tables(path, options, progress).items():
         reader = partial(read, split=name, wanted=wanted, columns=columns, source=source)
         key = f"{wanted} {columns} {source.template} {source.system_prompt} {source.max_prompt_tokens} {name}"
         prepared, bad = prepare_table(table, reader, tokenizer, source.max_prompt_tokens, key, progress)
@@ -492,7 +491,7 @@ def order(count: int, epoch: int, seed: int) -> list[int]:
 
 
 def drawn(total: int, weights: dict[str, Fraction]) -> dict[str, int]:
-    """How many of a run's first `total` rows come from each task: its share, give or take one; never less with more."""
+    """How many of a run's first `total` rows come from each task: its share, to within the number of tasks."""
     shares = {name: Fraction(w) for name, w in weights.items()}
     out, left, weight = {}, total, sum(shares.values())
     for name, w in shares.items():
@@ -577,8 +576,9 @@ def plan_summary(lengths: list[int], budget: int, ranks: int = 1) -> dict[str, f
 
 # ----------------------------------------------------------------------------------------------- python data.py eurus
 
+R1 = "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B"
 
-def eurus(out: str, model: str, source: Source = Source(task="math,code", template="chat")) -> None:
+def eurus(out: str, model: str = R1, source: Source = Source(task="math,code", template="chat")) -> None:
     """Writes those rows of Eurus-2-RL-Data that a run would use, in the published schema, to OUT/train.parquet and
     OUT/validation.parquet, for --data OUT. Prompt tokens are counted by the tokenizer of `model`."""
     from transformers import AutoTokenizer

@@ -1,7 +1,8 @@
 """The same numbers with less time and memory.
 
 Owns: ranks, sharded models (FSDP2) and meters across ranks, packed rows and attention on them, sequence parallelism
-(Ulysses), log-probs and entropy without logits, Liger's patches. Each has a plain specification for the tests.
+(Ulysses), log-probs and entropy without logits, Liger's patches, each with a plain specification for the tests; and
+the arithmetic of how much memory all that takes.
 Refuses to know: what the numbers are for (advantages, losses, rewards).
 Left out on purpose: custom Triton. torch's varlen attention and Liger are kept by people who do nothing else.
 
@@ -9,7 +10,6 @@ This file shares its name with Hugging Face's `kernels` package: see the guard a
 without side effects, and never define __version__ here.
 """
 # T tokens of a packed row   K response tokens among them   H heads   D head size or hidden size   V vocabulary
-import copy
 import importlib.util
 import os
 import time
@@ -269,13 +269,16 @@ def critic_forward(critic: nn.Module, p: Packed, sp_group=None) -> Tensor:
 # ------------------------------------------------------------------------------------------- attention on packed rows
 
 
+HAS_FLASH_ATTN = importlib.util.find_spec("flash_attn") is not None
+
+
 def varlen_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float) -> Tensor:
     """Causal attention inside each sequence of a packed row; q (T, Hq, D), k and v (T, Hkv, D) -> (T, Hq, D).
     No (T, T) mask exists anywhere, so memory is linear in T and sequences cannot see each other."""
     if not q.is_cuda:
         return _varlen_cpu(q, k, v, cu_seqlens.tolist(), scale)
     q, k = (x.to(v.dtype) for x in (q, k))  # under autocast RoPE leaves them in fp32
-    if _has_flash_attn():
+    if HAS_FLASH_ATTN:
         from flash_attn import flash_attn_varlen_func
 
         return flash_attn_varlen_func(
@@ -352,7 +355,7 @@ def setup(model_type: str, liger: bool, progress: bool, bf16: bool) -> dict[str,
     logging.set_verbosity_error()
     (logging.enable_progress_bar if progress else logging.disable_progress_bar)()
     AttentionInterface.register("varlen", attention)
-    inside = "flash-attn varlen" if _has_flash_attn() else "torch varlen"
+    inside = "flash-attn varlen" if HAS_FLASH_ATTN else "torch varlen"
     return {
         "attention": inside if torch.cuda.is_available() else "per-sequence sdpa",
         "log-probs": "chunked",
@@ -360,10 +363,6 @@ def setup(model_type: str, liger: bool, progress: bool, bf16: bool) -> dict[str,
         "compute": f"{'bfloat16' if bf16 else 'float32'} on {'cuda' if torch.cuda.is_available() else 'cpu'}",
         "sharding": f"FSDP2 over {os.environ['WORLD_SIZE']} ranks" if "RANK" in os.environ else "none (one process)",
     }
-
-
-def _has_flash_attn() -> bool:
-    return importlib.util.find_spec("flash_attn") is not None
 
 
 # ---------------------------------------------------------------------------- log-prob and entropy without the logits
@@ -456,8 +455,7 @@ def apply_liger(model_type: str) -> str:
 # -------------------------------------------------------------------------------------------------------- memory plan
 
 
-def memory_gb(ranks: Ranks) -> float:
-    """Of this rank's card; on CPU its share of the machine."""
+def memory_gb(ranks: Ranks) -> float:  # of this rank's card; on CPU its share of the machine
     if torch.cuda.is_available():
         return torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory / 2**30
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30 / ranks.world
@@ -467,15 +465,16 @@ def memory_gb(ranks: Ranks) -> float:
 Shape = namedtuple("Shape", "params layer layers hidden q kv mlp vocab head")
 
 
-def model_shape(config, critic: bool) -> Shape:
+def model_shape(config, critic: bool) -> Shape | None:
     """Counted on the model itself, which is made without memory."""
     from transformers import AutoModelForCausalLM, AutoModelForTokenClassification
 
-    config = copy.deepcopy(config)
-    config.num_labels = 1
+    config = type(config).from_dict(config.to_dict() | {"num_labels": 1})
     with torch.device("meta"):
         model = (AutoModelForTokenClassification if critic else AutoModelForCausalLM).from_config(config)
     first = {name.split(".layers.0.")[1]: p for name, p in model.named_parameters() if ".layers.0." in name}
+    if not {"self_attn.q_proj.weight", "mlp.gate_proj.weight"} <= first.keys():
+        return None  # not made of Llama's parts
     q, kv, mlp = (len(first[f"{name}_proj.weight"]) for name in ("self_attn.q", "self_attn.k", "mlp.gate"))
     counts = [sum(p.numel() for p in some) for some in (model.parameters(), first.values())]
     sizes = config.num_hidden_layers, config.hidden_size, q, kv, mlp, config.vocab_size
@@ -553,6 +552,8 @@ def memory_plan(policy, critic, reference, **flags) -> tuple[dict[str, float], s
     every item, with the totals "while sampling" and "while updating"; and a table with a verdict, for people."""
     given = {"policy": model_shape(policy, False), "critic": model_shape(critic, True)} | flags
     given["reference"] = model_shape(reference, False) if reference else None
+    if not (given["policy"] and given["critic"]):
+        return {}, f"no memory plan for {policy.model_type}: it knows dense models that are made as Llama is"
     card, ranks, tp, longest = (flags[name] for name in ("card_gb", "ranks", "tp", "longest"))
 
     def needs(what: str, changed: dict) -> float:
@@ -561,6 +562,7 @@ def memory_plan(policy, critic, reference, **flags) -> tuple[dict[str, float], s
 
     def remedies(what: str) -> str:
         """Each flag that brings this total down to the card on its own, with the mildest value that does."""
+        prompts = flags.get("prompts_per_step", flags["sequences"])
         size, shares = given["critic"].params, [g / 100 for g in range(round(100 * flags["gpu_memory"]), 0, -1)]
         shares = [g for g in shares if flags["bf16"] and memory_items(**given | {"gpu_memory": g})[1] >= longest]
         budgets = range(flags["max_tokens_per_microbatch"], longest - 1, -1)
@@ -568,7 +570,7 @@ def memory_plan(policy, critic, reference, **flags) -> tuple[dict[str, float], s
             "--gpu_memory at most {}": ("gpu_memory", shares),
             "--gradient_checkpointing": ("gradient_checkpointing", [True]),
             "--max_tokens_per_microbatch at most {}": ("max_tokens_per_microbatch", budgets),
-            "at least {} GPUs": ("ranks", [n for n in range(ranks + 1, 513) if n % tp == flags["sequences"] % n == 0]),
+            "at least {} GPUs": ("ranks", [n for n in range(ranks + 1, 513) if n % tp == prompts % n == 0]),
             "--kl_coef 0": ("reference", [None]),
             "a --critic_model of at most {.params:,} parameters": (
                 "critic", [given["critic"]._replace(params=size * k // 20) for k in range(19, 0, -1)]

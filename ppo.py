@@ -164,7 +164,7 @@ def check(args: Args, world: int) -> list[PretrainedConfig]:
     for flag in (positive + "minibatch tp sp eval_rows eval_samples test_seconds").split():
         expect(getattr(args, flag) > 0, f"{flag}={getattr(args, flag)}: must be above 0")
     prompts, even = args.prompts_per_step, math.ceil(args.prompts_per_step / world) * world
-    expect(prompts == even, f"prompts_per_step={prompts} is not a multiple of the {world} ranks: use {even}")
+    expect(args.eval_only or prompts == even, f"prompts_per_step={prompts} is no multiple of {world} ranks: use {even}")
     part, whole, best = args.minibatch, args.batch_size, math.gcd(args.minibatch, args.batch_size)
     expect(part == best, f"minibatch_size={part} does not divide prompts x samples_per_prompt = {whole}: try {best}")
     heads = math.gcd(*(config.num_attention_heads for config in configs))
@@ -175,19 +175,20 @@ def check(args: Args, world: int) -> list[PretrainedConfig]:
     useless = args.kl_coef and args.kl_in == "loss" and args.kl_estimator == "k1"
     expect(not useless, "kl_estimator=k1 has no gradient on average: use k2 or k3 with --kl_in loss")
     expect(args.plan_gpus == 0 or args.steps == 0, f"plan_gpus={args.plan_gpus} is for --steps 0: nothing is trained")
+    expect(not (args.eval_only and args.resume), "eval_only evaluates --model: give it the checkpoint, not --resume")
     expect(args.kl_target is None or args.kl_coef > 0, "kl_target needs a kl_coef above 0 to start from")
     expect(args.tp == 1 or args.engine == "vllm", f"tp={args.tp} needs --engine vllm, not {args.engine}")
     expect(args.eval_temperature > 0 or args.eval_samples == 1, "eval_samples > 1 needs --eval_temperature above 0")
     longest, room = args.max_prompt_tokens + args.max_new_tokens, args.max_tokens_per_microbatch * args.sp
     text = f"max_prompt_tokens + max_new_tokens = {longest} tokens, but"
-    expect(longest <= room, f"{text} max_tokens_per_microbatch x sp = {room}: raise the budget or lower the limits")
+    expect(args.eval_only or longest <= room, f"{text} max_tokens_per_microbatch x sp = {room}: raise it")
     limit = min(getattr(config, "max_position_embeddings", longest) for config in configs)
     expect(longest <= limit, f"{text} the model has {limit} positions: lower the limits")
     newest, fix = newest_checkpoint(args.out), "choose another --out or remove the folder"
     if args.resume:
         expect(newest, f"resume: there is no checkpoint in {args.out!r}: start without --resume, {fix}")
         expect(int(newest.name[5:]) < args.steps, f"resume: {newest} has all the --steps {args.steps}: ask for more")
-    elif args.steps and Path(args.out).exists():
+    elif (args.steps or args.eval_only) and Path(args.out).exists():
         raise ValueError(f"out={args.out!r} exists, nothing is written over: {fix}, or go on with --resume")
     return configs
 
@@ -277,7 +278,7 @@ def microbatches(batch: rollout.Rollout, rows: list[int], args: Args, ranks: ker
 
 def train(args: Args) -> list[dict]:
     """Runs `args.steps` steps and returns the rows of metrics.jsonl (rank 0: those before a resume, too)."""
-    begun, main = perf_counter(), int(os.environ.get("RANK", 0)) == 0
+    begun, main, bf16 = perf_counter(), int(os.environ.get("RANK", 0)) == 0, args.compute_dtype == torch.bfloat16
     say = print if main else (lambda text: None)
     bar = main and sys.stderr.isatty()  # progress bars are for people, not for log files
     configs = check(args, args.plan_gpus or int(os.environ.get("WORLD_SIZE", 1)))
@@ -288,23 +289,22 @@ def train(args: Args) -> list[dict]:
     source = data.load(args, tokenizer, args.seed, args.eval_rows, bar)  # before ranks: it may fork
     first = tokenizer.decode(next(iter(source.train.values()))[0]["ids"])
     say(f"{source.report}\nthe first prompt, as it is fed: {first!r}".strip())
-    bf16 = args.compute_dtype == torch.bfloat16
     accelerator, ranks = kernels.start_ranks(bf16, args.sp)
+    read = repr([(name, len(rows), rows[0]["ids"], rows[-1]["ids"]) for name, rows in source.train.items()])
+    assert len(set(kernels.gather([read + source.report], ranks))) == 1, "ranks differ in rows: share HF_DATASETS_CACHE"
     device = accelerator.device
     made = rewards.start({row["task"] for rows in source.test.values() for row in rows}, args)
     made |= kernels.setup(configs[0].model_type, args.liger, bar, bf16)
     newest = newest_checkpoint(args.out) if args.resume else None
     start = int(newest.name[5:]) if newest else 0
     config = asdict(args) | {"first_prompt": first}
-
     # the engine first, then asleep: it measures the free memory that the models take afterwards
     options = {"max_len": args.max_prompt_tokens + args.max_new_tokens, "dtype": str(args.compute_dtype)[6:]}
     options |= {name: getattr(args, name) for name in ("max_seqs", "tp", "gpu_memory", "seed", "stop")}
     sampler = rollout.make_sampler(args.engine, args.model, rollout.eos_ids(args.model, tokenizer), **options)
 
     def ask(prompts: list[list[int]], n: int, limit: int, temperature: float, step: int, purpose: int) -> list:
-        """n Samples for each of this rank's share of the prompts. They depend on (seed, step, purpose) and on the
-        prompt's place in the list, not on the number of ranks."""
+        """n Samples for each of this rank's prompts; functions of (seed, step, purpose) and a prompt's place alone."""
         seed = rollout.stream(args.seed, step, purpose) + ranks.rank * len(prompts) // ranks.world * n
         return sampler.sample(kernels.share(prompts, ranks), n, limit, temperature, seed, bar)
 

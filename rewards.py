@@ -36,8 +36,6 @@ from pathlib import Path
 from statistics import fmean
 from typing import Literal
 
-from tqdm import tqdm
-
 STATUSES = ("ok", "wrong", "timeout", "memory", "crash", "output", "no_answer", "infra")
 
 
@@ -179,6 +177,8 @@ def readable(answers: list[str], progress: bool = False, size: int = 64) -> list
         if result["status"] == "ok":
             return json.loads(output)
         return ask(chunk[:half]) + ask(chunk[half:]) if half else [False]
+
+    from tqdm import tqdm  # comes with datasets; programs are judged without
 
     with ThreadPoolExecutor(2 * default_workers()) as threads:
         found = tqdm(threads.map(ask, chunks), "checking answers", len(chunks), disable=not progress)

@@ -167,13 +167,13 @@ class VLLMSampler:
             SamplingParams(
                 n=n, temperature=temperature, max_tokens=min(max_new_tokens, self.max_len - len(ids)), seed=s,
                 stop_token_ids=self.eos_ids, ignore_eos=True, logprobs=0, flat_logprobs=True,
-                stop=self.stop, include_stop_str_in_output=True, detokenize=bool(self.stop),
+                stop=self.stop, include_stop_str_in_output=True, detokenize=bool(self.stop), skip_special_tokens=False,
             )
             for ids, s in requests
         ]
         self.llm.reset_prefix_cache()  # so that a call depends on nothing before it
         inputs = [{"prompt_token_ids": ids} for ids, _ in requests]
-        outputs = self.llm.generate(inputs, params, use_tqdm=progress)
+        outputs = self.llm.generate(inputs, params, use_tqdm=progress) if inputs else []  # more ranks than prompts
         return [
             Sample(list(c.token_ids), list(c.logprobs.logprobs), c.finish_reason == "stop")
             for out in outputs[mine]

@@ -27,13 +27,13 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-4}              # a GPU's process has 
 export PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True   # packed rows come in all sizes
 
 FLAGS=( # what all of them share: TinyZero's settings, which the run on Eurus kept
-  --model "$BASE_MODEL" --critic_model "${CRITIC_MODEL:-$BASE_MODEL}"
-  --out "runs/${EXPERIMENT_NAME:-$RECIPE}"
+  --model "$BASE_MODEL" --critic_model "${CRITIC_MODEL:-$BASE_MODEL}"  # the critic starts as the policy does
+  --out "runs/${EXPERIMENT_NAME:-$RECIPE}"  # the run folder
   --tp "${ROLLOUT_TP_SIZE:-$tp}"      # GPUs that share an engine
   --minibatch_size 128                # of 256 samples: two updates a step
   --critic_lr 1e-5                    # ten times the policy's, which has the default 1e-6
   --kl_coef 0.001                     # in the reward, estimator k1
-  --value_clip 0.5
+  --value_clip 0.5                    # values move at most this far in an update
   --entropy_coef 0.001                # veRL's default of January 2025
 )
 if [ "$RECIPE" = eurus-1.5b ]; then
@@ -43,17 +43,18 @@ if [ "$RECIPE" = eurus-1.5b ]; then
     --code_reward fraction            # part of the tests passed, as PRIME's verifier gave
     --steps 1880                      # about one epoch of 256 prompts a step
     --max_new_tokens 16384            # long chains of thought
-    --save_every 16 --eval_every 64
-    --eval_temperature 0.6            # as the model's card recommends
+    --save_every 16 --eval_every 64   # as there
+    --eval_temperature 0.6            # as the model's card recommends; veRL is greedy
   )
 else
   FLAGS+=(
-    --task countdown --data "${DATA_DIR:-Jiayi-Pan/Countdown-Tasks-3to4}"
+    --task countdown --data "${DATA_DIR:-Jiayi-Pan/Countdown-Tasks-3to4}"  # the published rows, not generated ones
     --steps 1280                      # one epoch of the 327,680 training rows; TinyZero stopped by hand
-    --max_prompt_tokens 256
+    --max_prompt_tokens 256           # as there; ours have about 80
     --gpu_memory 0.3                  # room for all 256 answers; TinyZero's 0.4 would leave 3 GB of 80 with a 3B model
-    --save_every 100 --eval_every 100
-    --eval_rows 1024 --eval_temperature 0
+    --save_every 100 --eval_every 100 # as there
+    --eval_rows 1024                  # the whole test split
+    --eval_temperature 0              # greedy, as there
   )
   [ "$RECIPE" = countdown-3b-instruct ] && FLAGS+=(--template chat)  # base models get plain text
 fi

@@ -109,6 +109,7 @@ BUGS = [
         DATA + SOURCES),
     Bug("long-prompt-passes", "data.py", "if len(ids) > limit else", "if len(ids) > limit + 1 else", SOURCES),
     Bug("long-prompt-of-a-rule-passes", "data.py", "<= source.max_prompt_tokens", "<= source.max_prompt_tokens + 1", DATA),
+    Bug("ranks-with-other-problems", "data.py", 'os.environ | {"PYTHONHASHSEED": "0"}', "dict(os.environ)", DATA),
     Bug("leak-into-the-test-split", "data.py", '("also in the test split" if asked in seen else "")', '""', SOURCES),
     Bug("unequal-tests-pass", "data.py", "len(inputs) == len(outputs)", "inputs and outputs", SOURCES),
     Bug("unreadable-answers-pass", "data.py", "if answer in bad else", "if False else", SOURCES),
