@@ -488,8 +488,8 @@ def memory_items(
 ) -> tuple[dict[str, dict[str, float]], float]:
     """For each moment that can be the fullest, the bytes of what is alive on a rank; and the tokens that the KV cache
     holds. bf16 stands for CUDA, fp32 for CPU (`setup` knows no other pair), where engines do not sleep."""
-    c, n, budget = 2 if bf16 else 4, ranks if sharded else 1, max_tokens_per_microbatch
-    tokens = min(budget, -(-sequences // ranks) * longest)
+    c, n = 2 if bf16 else 4, ranks if sharded else 1  # bytes of a number in compute; parts that a model is cut into
+    tokens = min(max_tokens_per_microbatch, -(-sequences // ranks) * longest)
     trained, embedding = {"policy": policy, "critic": critic}, policy.vocab * policy.hidden
 
     key_value = 2 * c * policy.layers * max(policy.kv // tp, policy.head)  # bytes a token

@@ -323,7 +323,7 @@ def gym(text: str, row: dict) -> dict:
 
 # ----------------------------------------------------------------------------------------- processes that may be killed
 
-WARM_UP = {"math": "import equality; equality.warm_up()", "rg": "import reasoning_gym; reasoning_gym"}  # imported once
+WARM_UP = {"math": ("equality", "import equality; equality.warm_up()"), "rg": ("reasoning_gym", "")}  # module, program
 SLICE = {"code": 0.02, "math": 0.3, "rg": 0.3}  # seconds; what takes longer starts again, with all its time, last
 MEMORY = 1 << 30  # bytes of address space
 FAILURES = (OSError, EOFError, TimeoutError, ValueError, struct.error)  # of a server that was killed or has gone mad
@@ -339,7 +339,7 @@ class Server:
         config = {"path": [], "preload": [], "warm_up": "", "off": list(off)}
         if kind in WARM_UP:
             paths = dict.fromkeys([sysconfig.get_path("purelib"), sysconfig.get_path("platlib"), str(here.parent)])
-            config |= {"path": list(paths), "preload": [WARM_UP[kind].split()[1][:-1]], "warm_up": WARM_UP[kind]}
+            config |= {"path": list(paths), "preload": [WARM_UP[kind][0]], "warm_up": WARM_UP[kind][1]}
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "bufsize": 0}
         self.process = subprocess.Popen(command, env={}, cwd="/", start_new_session=True, **pipes)
         try:
@@ -536,7 +536,7 @@ def score(
 def start(tasks: set[str], rules: Rules = Rules()) -> dict[str, str]:
     """Starts what the tasks need, so that what is missing shows before the first step. {what: which walls it has}"""
     made, CURRENT.rules = {}, rules
-    for kind in sorted({task.partition(":")[0] for task in tasks} & set(SLICE)):
+    for kind in sorted({task.partition(":")[0] for task in tasks} & SLICE.keys()):
         walls = run_sandboxed(kind, b"def f(): pass", [], "f", 1.0)[0]["walls"]
         lacking = "".join(f"; no {name}: {why}" for name, why in walls["missing"].items())
         made[f"{kind} sandbox"] = ", ".join(walls["layers"]) + lacking
@@ -562,14 +562,14 @@ def evaluation(scored: list[dict], k: int, tasks: list[str] = ()) -> dict[str, f
     """Of k results for each held-out row, neighbours together: the share right (mean@k); pass@n for n = 1, 2, 4 ... k
     without bias, arXiv:2107.03374 equation 1; maj@k, where answers can be compared: is the most frequent one right?
     Right ones are the same one; a tie counts for its share. "infra" is left out. `tasks` as in summary()."""
-    groups = [[r for r in scored[i : i + k] if r["status"] != "infra"] for i in range(0, len(scored), k)]
-    rows = [group for group in groups if group]
+    sound = ([r for r in scored[i : i + k] if r["status"] != "infra"] for i in range(0, len(scored), k))
+    rows = [row for row in sound if row]
     right = [int(sum(r["correct"] == 1 for r in row)) for row in rows]
 
-    out = {"eval/correct": fmean([c / len(row) for row, c in zip(rows, right)] or [0.0])}
+    correct = fmean([c / len(row) for row, c in zip(rows, right)] or [0.0])
+    out = {"eval/correct": correct} | ({f"eval/mean_at_{k}": correct} if k > 1 else {})
     for n in sorted({k, *(2**i for i in range(k.bit_length()))}) if k > 1 else ():
         sizes = [(len(row), c, min(n, len(row))) for row, c in zip(rows, right)]
-        out[f"eval/mean_at_{k}"] = out["eval/correct"]
         out[f"eval/pass_at_{n}"] = fmean([1 - comb(size - c, m) / comb(size, m) for size, c, m in sizes] or [0.0])
     if k > 1 and any("answer" in r for row in rows for r in row):
         wrong = [Counter(r["answer"] for r in row if "answer" in r and r["correct"] != 1).values() for row in rows]
