@@ -2,9 +2,10 @@
 
 Owns: ranks, sharded models (FSDP2) and meters across ranks, packed rows and attention on them, sequence parallelism
 (Ulysses), log-probs and entropy without logits, Liger's patches, each with a plain specification for the tests; and
-the arithmetic of how much memory all that takes.
+the clocks: seconds, memory and floating-point operations of each phase.
 Refuses to know: what the numbers are for (advantages, losses, rewards).
-Left out on purpose: custom Triton. torch's varlen attention and Liger are kept by people who do nothing else.
+Left out on purpose: custom Triton (torch's varlen attention and Liger are kept by people who do nothing else), and
+optimizers with 8-bit states (4 GB a card in the reference run, for one more package).
 
 This file shares its name with Hugging Face's `kernels` package: see the guard at the top of ppo.py. Keep it importable
 without side effects, and never define __version__ here.
@@ -13,11 +14,11 @@ without side effects, and never define __version__ here.
 import importlib.util
 import os
 import time
-from bisect import bisect_left
-from collections import namedtuple
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import cache
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -25,7 +26,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy
 from torch.distributed.tensor import DTensor
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -44,18 +45,19 @@ class Ranks(NamedTuple):
     sp_group: dist.ProcessGroup | None = None
 
 
-def start_ranks(bf16: bool, sp: int):
+def start_ranks(bf16: bool, sp: int, replicas: int = 1):
     """(Accelerator, Ranks). Under torchrun, whatever the number of processes, models are sharded by FSDP2: over nccl on
-    GPUs, over gloo on CPU. Without torchrun this is one plain process."""
-    from accelerate import Accelerator, FullyShardedDataParallelPlugin
+    GPUs, over gloo on CPU; with `replicas` over world / replicas consecutive ranks only, each shard on `replicas` ranks
+    (HSDP: let a replica be a node, and only gradients cross the network). Without torchrun this is one plain process.
+    """
+    from accelerate import Accelerator, FullyShardedDataParallelPlugin, ParallelismConfig
     from accelerate.state import PartialState
     from accelerate.utils import DistributedType, InitProcessGroupKwargs
-    from torch.distributed.fsdp import MixedPrecisionPolicy
 
-    precision = "bf16" if bf16 else "no"
+    precision, cuda = "bf16" if bf16 else "no", torch.cuda.is_available()
     if "RANK" not in os.environ:
-        return Accelerator(cpu=not torch.cuda.is_available(), mixed_precision=precision), Ranks()
-    if not torch.cuda.is_available():
+        return Accelerator(cpu=not cuda, mixed_precision=precision), Ranks()
+    if not cuda:
         # Accelerate ignores an FSDP plugin on CPU, silently. Under this label it takes the same path as on GPUs.
         PartialState(cpu=True)
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
@@ -65,60 +67,95 @@ def start_ranks(bf16: bool, sp: int):
         # Accelerate's own policy for bf16 would round outputs (log-probs, that is) and gradient sums to bf16 as well
         mixed_precision_policy=MixedPrecisionPolicy(torch.bfloat16, torch.float32) if bf16 else None,
     )
-    patience = InitProcessGroupKwargs(timeout=timedelta(hours=2))  # ranks wait for the longest answer, and for disks
-    handlers = [patience] if torch.cuda.is_available() else []
-    accelerator = Accelerator(fsdp_plugin=plugin, mixed_precision=precision, kwargs_handlers=handlers)
-    rank, world, group = accelerator.process_index, accelerator.num_processes, None
+    # two hours: ranks wait for the longest answer, and for disks. gloo is for what is offloaded: norms of its gradients
+    group = InitProcessGroupKwargs(backend="cuda:nccl,cpu:gloo", timeout=timedelta(hours=2))
+    world = int(os.environ["WORLD_SIZE"])
+    accelerator = Accelerator(
+        fsdp_plugin=plugin,
+        mixed_precision=precision,
+        kwargs_handlers=[group] if cuda else [],
+        parallelism_config=ParallelismConfig(replicas, world // replicas) if replicas > 1 else None,
+    )
+    rank, group = accelerator.process_index, None
     if sp > 1:  # new_group is collective: every rank makes every group
         group = [dist.new_group(list(range(first, first + sp))) for first in range(0, world, sp)][rank // sp]
     return accelerator, Ranks(rank, world, rank // sp, world // sp, rank % sp, sp, group)
 
 
-def load_policy(path: str, accelerator, checkpointing: bool, trained: bool = True) -> nn.Module:
+def load_policy(
+    path: str, accelerator, checkpointing: bool, trained: bool = True, attention: str = "varlen", offload: bool = False
+) -> nn.Module:
     """A causal language model in fp32 for packed rows, with a LogprobHead; sharded. trained=False: a reference."""
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="varlen")
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation=attention)
     model.lm_head.__class__ = LogprobHead  # same parameter, same tie to the embedding
-    return shard(model.requires_grad_(trained), accelerator, checkpointing and trained)
+    return shard(model.requires_grad_(trained), accelerator, checkpointing and trained, offload)
 
 
-def load_critic(path: str, accelerator, checkpointing: bool) -> nn.Module:
+def load_critic(
+    path: str, accelerator, checkpointing: bool, attention: str = "varlen", offload: bool = False
+) -> nn.Module:
     """A transformer with one number per token. A new value head starts at zero: first values are 0, not noise."""
     from transformers import AutoConfig, AutoModelForTokenClassification
 
     config = AutoConfig.from_pretrained(path, num_labels=1)
     config.classifier_dropout = 0.0
     model, info = AutoModelForTokenClassification.from_pretrained(
-        path, config=config, dtype=torch.float32, attn_implementation="varlen", output_loading_info=True
+        path, config=config, dtype=torch.float32, attn_implementation=attention, output_loading_info=True
     )
     if "score.weight" in info["missing_keys"]:
         nn.init.zeros_(model.score.weight)
         nn.init.zeros_(model.score.bias)
-    return shard(model, accelerator, checkpointing)
+    return shard(model, accelerator, checkpointing, offload)
 
 
-def shard(model: nn.Module, accelerator, checkpointing: bool) -> nn.Module:
+def shard(model: nn.Module, accelerator, checkpointing: bool, offload: bool) -> nn.Module:
+    """offload: this model's shards, gradients and optimizer live in the machine's memory. Each layer comes to the card
+    when it is gathered, and AdamW runs on the CPU: 16 bytes a parameter less, for seconds a step at 1.5B."""
     from accelerate.utils.fsdp_utils import fsdp2_prepare_model  # prepare() takes no frozen model, this takes any
 
     model.train()  # no dropout anywhere; checkpointing acts in this mode only
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    return fsdp2_prepare_model(accelerator, model) if accelerator.is_fsdp2 else accelerator.prepare_model(model)
+    if not accelerator.is_fsdp2:
+        return accelerator.prepare_model(model)
+    pinned = torch.cuda.is_available()
+    accelerator.state.fsdp_plugin.cpu_offload = CPUOffloadPolicy(pinned) if offload else OffloadPolicy()
+    return fsdp2_prepare_model(accelerator, model)
+
+
+def reshard(model: nn.Module) -> list[FSDPModule]:
+    """After a forward without backward FSDP2 keeps the head gathered (0.5 GB at 1.5B), rounded to the compute dtype.
+    Gives it back; returns the units that are gathered together: every layer, the embedding, the head."""
+    units = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    for unit in units:
+        unit.reshard()
+    return units
 
 
 def full_weights(model: nn.Module, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-    """(Hugging Face name, whole tensor), one alive at a time; collective. A tied head comes once, as the embedding.
-    Cast before gathering: half the bytes to send in bf16."""
-    for module in model.modules():  # after a forward alone FSDP2 keeps the head gathered, rounded to the compute dtype
-        if isinstance(module, FSDPModule):
-            module.reshard()
+    """(Hugging Face name, whole tensor on the device); collective. A tensor is good until the next one is asked for:
+    one layer is alive at a time. A tied head comes once, as the embedding. The dtype that the model computes in is
+    gathered a layer in one call, cast before it is sent; another (fp32 of a bf16 run, to be saved) tensor by tensor."""
+    sent: set[str] = set()
+    for unit in reshard(model):
+        unit.unshard()
+        whole = {name: p for name, p in model.named_parameters() if not isinstance(p, DTensor) and name not in sent}
+        if same := all(p.dtype == dtype for p in whole.values()):
+            yield from ((name, p.detach()) for name, p in whole.items())
+            sent |= whole.keys()
+        unit.reshard()
+        if not same:
+            break
     for name, p in model.named_parameters():
-        p = p.detach().to(dtype)
-        yield name, p.full_tensor() if isinstance(p, DTensor) else p
+        if name not in sent:
+            p = p.detach()
+            p = p.to(p.device_mesh.device_type, dtype).full_tensor() if isinstance(p, DTensor) else p.to(dtype)
+            yield name, p
 
 
-def optimizer_step(model: nn.Module, optimizer, lr: float, max_norm: float, batch: NamedTuple, dump) -> Tensor:
+def optimizer_step(model: nn.Module, optimizer, lr: float, batch: NamedTuple, dump, max_norm: float = 1.0) -> Tensor:
     """Clips the gradient over all ranks and steps; returns its norm before clipping, (). A norm that is not finite
     stops every rank here, before this model changes, with the batch in the file `dump`."""
     norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm)  # Accelerate's breaks for a second model
@@ -189,12 +226,93 @@ class Meter:
 
 @contextmanager
 def timed(times: dict[str, float], phase: str):
-    """Adds the block's seconds to times["time/<phase>"]. Waits for the GPU: the blame falls on the right phase."""
-    start = time.perf_counter()
-    yield
-    if torch.cuda.is_available():
+    """Adds the block's seconds to times["time/<phase>"] and times["time/step"]; keeps the most memory that this process
+    took in it in times["perf/peak_gb_<phase>"]. Waits for the GPU: the blame falls on the right phase."""
+    cuda, start = torch.cuda.is_available(), time.perf_counter()
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+    elif os.access("/proc/self/clear_refs", os.W_OK):  # Linux: from here on VmHWM is the peak of resident memory
+        Path("/proc/self/clear_refs").write_text("5")
+    with torch.profiler.record_function(phase):
+        yield
+    if cuda:
         torch.cuda.synchronize()
-    times[f"time/{phase}"] = times.get(f"time/{phase}", 0.0) + time.perf_counter() - start
+    seconds, peak = time.perf_counter() - start, f"perf/peak_gb_{phase}"
+    for name in (f"time/{phase}", "time/step"):
+        times[name] = times.get(name, 0.0) + seconds
+    times[peak] = max(times.get(peak, 0.0), memory_peak())
+
+
+def memory_peak() -> float:
+    """GB (2**30) that this process took of its card, or on CPU of the machine, since the last phase began."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    lines = (line for status in Path("/proc/self").glob("status") for line in open(status))
+    return sum(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) / 2**20
+
+
+# dense bf16 FLOP/s of data sheets; the first name that is part of the card's
+PEAKS = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12}
+
+
+@cache
+def roofline() -> tuple[float, str]:
+    """What one rank could do at most, in FLOP/s; and in words, with where that number is from."""
+    cuda = torch.cuda.is_available()
+    card = torch.cuda.get_device_name() if cuda else "CPU"
+    if known := next((name for name in PEAKS if name in card), None):
+        return PEAKS[known], f"{PEAKS[known] / 1e12:.0f} TFLOP/s ({card}, data sheet)"
+    n, times = (8192, {}) if cuda else (1024, {})
+    x = torch.ones(n, n, device="cuda" if cuda else "cpu", dtype=torch.bfloat16 if cuda else torch.float32)
+    for attempt in "12345":
+        with timed(times, attempt):
+            x @ x
+    peak = 2 * n**3 / min(times[f"time/{attempt}"] for attempt in "12345")
+    return peak, f"{peak / 1e12:.2g} TFLOP/s ({card}, best of five matmuls)"
+
+
+def forward_flops(model: nn.Module, fed: list[int], responses: int) -> float:
+    """Floating-point operations of one forward pass over sequences of `fed` tokens, all ranks together; a backward pass
+    has twice as many. 2 for each token and parameter that multiplies it; causal attention has 2 products of L^2 / 2
+    pairs, 2 for each pair and channel; a policy's head sees `responses` tokens only. Recomputation does not count."""
+    c, sizes = model.config, {name: p.numel() for name, p in model.named_parameters()}
+    body = sum(size for name, size in sizes.items() if "embed_tokens" not in name and "lm_head" not in name)
+    head = c.vocab_size * c.hidden_size * responses if hasattr(model, "lm_head") else 0
+    width = c.num_attention_heads * (getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads)
+    return 2 * (body * sum(fed) + head + c.num_hidden_layers * width * sum(n * n for n in fed))
+
+
+def utilisation(times: dict, models: list, fed: list[int], responses: int, epochs: int, ranks: Ranks) -> dict:
+    """Tokens a second: of the step, and of its update phase, in which `models` saw the batch `epochs` times. What part
+    of a rank's roofline the update reached (MFU). And the memory of each phase on the rank that took most."""
+    seconds, everywhere = times["time/update"], gather([times], ranks)
+    rate = 3 * epochs * sum(forward_flops(model, fed, responses) for model in models) / seconds / ranks.world
+    row = {name: max(t[name] for t in everywhere) for name in times if name.startswith("perf/")}
+    row |= {"perf/peak_gb": max(row.values()), "perf/tflops": rate / 1e12, "perf/mfu": rate / roofline()[0]}
+    speeds = {"perf/tokens_per_s": (sum(fed) + len(fed)) / times["time/step"]}
+    return row | speeds | {"perf/train_tokens_per_s": epochs * sum(fed) / seconds}
+
+
+def start_profile(wanted: bool):
+    """Records every operation of this process from now on, and on CUDA every allocation."""
+    if not wanted:
+        return None
+    if torch.cuda.is_available():
+        torch.cuda.memory._record_memory_history(max_entries=1_000_000)
+    profiler = torch.profiler.profile(record_shapes=True, profile_memory=True)
+    profiler.start()
+    return profiler
+
+
+def write_profile(profiler, folder: Path, ranks: Ranks) -> None:
+    """trace_rankR.json.gz for ui.perfetto.dev; on CUDA memory_rankR.pickle for pytorch.org/memory_viz."""
+    if profiler:
+        profiler.stop()
+        folder.mkdir(parents=True, exist_ok=True)
+        profiler.export_chrome_trace(str(folder / f"trace_rank{ranks.rank}.json.gz"))
+    if profiler and torch.cuda.is_available():
+        torch.cuda.memory._dump_snapshot(str(folder / f"memory_rank{ranks.rank}.pickle"))
+        torch.cuda.memory._record_memory_history(enabled=None)
 
 
 # ------------------------------------------------------------------------------------------------------- packed rows
@@ -252,6 +370,8 @@ def packed_forward(model: nn.Module, p: Packed, sp_group: dist.ProcessGroup | No
     """What the model's head says of one packed row, (slots, ...). No cache and no attention mask: with either,
     transformers lets packed sequences see each other under every attention function but ours."""
     where = {"cu_seqlens": p.cu_seqlens, "max_seqlen": p.max_seqlen, "sp_group": sp_group}
+    if model.config._attn_implementation.startswith("flash"):  # its names for the same; else it counts for every layer
+        where |= {f"cu_seq_lens_{x}": p.cu_seqlens for x in "qk"} | {f"max_length_{x}": p.max_seqlen for x in "qk"}
     return model(input_ids=p.ids, position_ids=p.position_ids, use_cache=False, **where, **options).logits[0].float()
 
 
@@ -330,7 +450,7 @@ class _AllToAll(torch.autograd.Function):
         return _AllToAll.apply(grad, group, b, a), None, None, None
 
 
-def attention(module, query, key, value, attention_mask, scaling, cu_seqlens, max_seqlen, sp_group=None, **_):
+def packed_attention(module, query, key, value, attention_mask, scaling, cu_seqlens, max_seqlen, sp_group=None, **_):
     """transformers' attention interface; query (1, H, T, D). With a group of n ranks, Ulysses (arXiv:2309.14509): each
     rank holds T/n tokens of all heads outside attention, and all tokens of H/n heads inside it."""
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
@@ -344,7 +464,7 @@ def attention(module, query, key, value, attention_mask, scaling, cu_seqlens, ma
     return _AllToAll.apply(out, sp_group, 0, 1)[None], None
 
 
-def setup(model_type: str, liger: bool, progress: bool, bf16: bool) -> dict[str, str]:
+def setup(model_type: str, liger: bool, progress: bool, bf16: bool, attention: str = "varlen") -> dict[str, str]:
     """Before any model is made: attn_implementation="varlen" becomes known to transformers (which then builds no mask),
     Liger patches its layers, and no report comes on the value head being new. Returns what will be used for what."""
     from transformers import AttentionInterface
@@ -354,12 +474,14 @@ def setup(model_type: str, liger: bool, progress: bool, bf16: bool) -> dict[str,
         raise ValueError("dtype=fp32 is for CPU: the packed attention kernels of CUDA take bf16 only, use --dtype bf16")
     logging.set_verbosity_error()
     (logging.enable_progress_bar if progress else logging.disable_progress_bar)()
-    AttentionInterface.register("varlen", attention)
+    AttentionInterface.register("varlen", packed_attention)
     inside = "flash-attn varlen" if HAS_FLASH_ATTN else "torch varlen"
+    inside = inside if torch.cuda.is_available() else "per-sequence sdpa"
     return {
-        "attention": inside if torch.cuda.is_available() else "per-sequence sdpa",
-        "log-probs": "chunked",
+        "attention": inside if attention == "varlen" else f"{attention} of transformers",
+        "log-probs": find_liger_logprobs() if liger else "chunked",
         "Liger": apply_liger(model_type) if liger else "off",
+        "roofline of a rank": roofline()[1],
         "compute": f"{'bfloat16' if bf16 else 'float32'} on {'cuda' if torch.cuda.is_available() else 'cpu'}",
         "sharding": f"FSDP2 over {os.environ['WORLD_SIZE']} ranks" if "RANK" in os.environ else "none (one process)",
     }
@@ -412,7 +534,11 @@ class _ChunkedLogprob(torch.autograd.Function):
 
 
 def token_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """token_logprobs_ref with no more logits alive than a few chunks of 128 MB, differentiable in hidden and weight."""
+    """token_logprobs_ref with no more logits alive than a few chunks of 128 MB, differentiable in hidden and weight.
+    Liger's kernel for Hopper rounds entropies, and sums of the head's gradient, to bf16."""
+    if LIGER_LOGPROB and hidden.is_cuda and hidden.dtype == torch.bfloat16 and len(targets):
+        nll, entropy = LIGER_LOGPROB(hidden, weight, targets, temperature, -100, 1, True)
+        return -nll, entropy.float()
     chunk = max(1, (128 << 20) // (4 * len(weight)))
     return _ChunkedLogprob.apply(hidden, weight, targets, temperature, chunk)
 
@@ -436,165 +562,42 @@ class LogprobHead(nn.Linear):
 # ------------------------------------------------------------------------------------------------------------- Liger
 
 
+LIGER_LOGPROB = None  # Liger's fused linear + scaled cross entropy, once `find_liger_logprobs` has seen it work
+
+
+def find_liger_logprobs() -> str:
+    """Tries Liger's log-prob kernel for Hopper (pip install "liger-kernel[cutedsl]"), forward and backward: what cannot
+    be imported or compiled must not stop a run later. Says what was chosen."""
+    global LIGER_LOGPROB
+    if not (torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)):
+        return "chunked"
+    hidden, weight = (torch.randn(n, 128, device="cuda").bfloat16().requires_grad_() for n in (300, 1000))
+    try:
+        from liger_kernel.ops.cutedsl.ops.fused_scaled_cross_entropy_sm90 import LigerFusedScaledCrossEntropySM90Function
+
+        LIGER_LOGPROB = LigerFusedScaledCrossEntropySM90Function.apply
+        sum(token_logprobs(hidden, weight, torch.arange(300, device="cuda"), 1.0)).sum().backward()
+        return "Liger's kernel for Hopper"
+    except Exception as error:  # a missing package, a compiler, a driver: anything
+        LIGER_LOGPROB = None
+        return f"chunked (Liger's kernel for Hopper: {type(error).__name__}: {str(error)[:80]})"
+
+
+LIGER_MODELS = ("llama", "qwen2", "qwen3")  # and what of them is patched:
+LIGER = dict(rms_norm=True, swiglu=True, rope=False, cross_entropy=False, fused_linear_cross_entropy=False)
+
+
 def apply_liger(model_type: str) -> str:
     """Patches RMSNorm and SwiGLU of one architecture, before its models are made; RoPE stays off, as in the original
     run. Says what was done. Liger's own fused cross entropy only acts when labels are passed, so never in PPO:
     token_logprobs is what it promised."""
     if not torch.cuda.is_available():
         return "off (Triton kernels need a GPU)"
+    if not importlib.util.find_spec("liger_kernel"):
+        return "off (liger-kernel is not installed)"
+    if model_type not in LIGER_MODELS:
+        return f"off (patches are for {', '.join(LIGER_MODELS)}, not {model_type})"
     import liger_kernel.transformers as liger
 
-    known = ("llama", "qwen2", "qwen3")
-    if model_type not in known:
-        return f"off (patches are for {', '.join(known)}, not {model_type})"
-    patch = getattr(liger, f"apply_liger_kernel_to_{model_type}")
-    patch(rope=False, cross_entropy=False, fused_linear_cross_entropy=False, rms_norm=True, swiglu=True)
+    getattr(liger, f"apply_liger_kernel_to_{model_type}")(**LIGER)
     return "RMSNorm, SwiGLU"
-
-
-# -------------------------------------------------------------------------------------------------------- memory plan
-
-
-def memory_gb(ranks: Ranks) -> float:  # of this rank's card; on CPU its share of the machine
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory / 2**30
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30 / ranks.world
-
-
-# sizes of a model in elements: all parameters (a tied head once), those of one layer; kv: of k alone; head: of one head
-Shape = namedtuple("Shape", "params layer layers hidden q kv mlp vocab head")
-
-
-def model_shape(config, critic: bool) -> Shape | None:
-    """Counted on the model itself, which is made without memory."""
-    from transformers import AutoModelForCausalLM, AutoModelForTokenClassification
-
-    config = type(config).from_dict(config.to_dict() | {"num_labels": 1})
-    with torch.device("meta"):
-        model = (AutoModelForTokenClassification if critic else AutoModelForCausalLM).from_config(config)
-    first = {name.split(".layers.0.")[1]: p for name, p in model.named_parameters() if ".layers.0." in name}
-    if not {"self_attn.q_proj.weight", "mlp.gate_proj.weight"} <= first.keys():
-        return None  # not made of Llama's parts
-    q, kv, mlp = (len(first[f"{name}_proj.weight"]) for name in ("self_attn.q", "self_attn.k", "mlp.gate"))
-    counts = [sum(p.numel() for p in some) for some in (model.parameters(), first.values())]
-    sizes = config.num_hidden_layers, config.hidden_size, q, kv, mlp, config.vocab_size
-    return Shape(*counts, *sizes, q // config.num_attention_heads)
-
-
-def memory_items(
-    policy: Shape, critic: Shape, reference: Shape | None, *, ranks: int, card_gb: float, bf16: bool,
-    gradient_checkpointing: bool, max_tokens_per_microbatch: int, sequences: int, longest: int, tp: int,
-    gpu_memory: float, max_seqs: int, engine: str, sharded: bool, **_,
-) -> tuple[dict[str, dict[str, float]], float]:
-    """For each moment that can be the fullest, the bytes of what is alive on a rank; and the tokens that the KV cache
-    holds. bf16 stands for CUDA, fp32 for CPU (`setup` knows no other pair), where engines do not sleep."""
-    c, n = 2 if bf16 else 4, ranks if sharded else 1  # bytes of a number in compute; parts that a model is cut into
-    tokens = min(max_tokens_per_microbatch, -(-sequences // ranks) * longest)
-    trained, embedding = {"policy": policy, "critic": critic}, policy.vocab * policy.hidden
-
-    key_value = 2 * c * policy.layers * max(policy.kv // tp, policy.head)  # bytes a token
-    batch = min(max_seqs, -(-sequences // (ranks // tp)))
-    served = weights = {"engine weights": c * policy.params / tp}
-    if engine == "torch":  # a sequence has logits, log-softmax and exp in fp32, exp and its cumsum in fp64
-        served = weights | {"engine in work": 28 * batch * policy.vocab, "KV cache": batch * longest * key_value}
-    elif not bf16:
-        served = weights = weights | {"KV cache": 256 << 20}  # kv_cache_mb of VLLMSampler
-    else:  # vLLM tries a full batch of prompts and max_seqs log-probs; the KV cache gets what these leave of its share
-        prompts = (16384 if card_gb >= 70 else 8192) * 3 * c * (policy.mlp // tp + policy.hidden)
-        served = weights | {"engine in work": max(prompts, 4 * 4 * max_seqs * policy.vocab)}
-        served |= {"KV cache": max(0.0, gpu_memory * card_gb * 2**30 - sum(served.values()))}
-
-    # Held by the trainer at every moment. (B, T): ids 8 bytes, mask and last 1 each, 4 each for engine's and old
-    # log-probs, values, rewards, advantages, returns; with a reference its log-probs and the penalty. Overhead is
-    # assumed, not measured: CUDA context 0.5 GB, NCCL 0.5, workspaces and the engine's CUDA graphs 1.
-    always = {"overhead": (2 << 30) * bf16, "(B, T) tensors": sequences * longest * (42 if reference else 34)}
-    for name, s in trained.items():  # fp32, as are the gradients: 4 bytes, and AdamW has two states
-        always |= {f"{name} weights": 4 * s.params / n, f"{name} Adam states": 8 * s.params / n}
-    if reference:  # a forward leaves its head gathered, and no backward comes to give it back
-        always |= {"reference weights": 4 * reference.params / n}
-        always |= {"reference gathered head": c * reference.vocab * reference.hidden * sharded}
-    gathered = {"policy gathered head": c * embedding * sharded}  # from the canary on
-    # chunks of fp32 logits: 3 in _ChunkedLogprob.forward; 4 in its backward, 5 when there was a chunk before
-    chunk, before = min(128 << 20, 4 * tokens * policy.vocab), 4 * tokens * policy.vocab >= 256 << 20
-    canary = 3 * min(chunk, 4 * 4 * 64 * policy.vocab)  # of four answers, cut at 64 tokens
-    moments = {"sampling": always | served | gathered | {"sync, canary": 2 * c * embedding * sharded + canary}}
-    always |= {} if bf16 else weights
-
-    for name, s in trained.items():
-        # Elements a token that the backward of a layer needs, on CPU: its two norms keep input, normalised input and
-        # output, attention q, k, v, output and the input of o_proj, the MLP gate, silu(gate), up and their product.
-        # `ends`: the last norm and the rows for the head. `work`: gradients on top, at worst two in the MLP.
-        layer, ends, work = 6 * s.hidden + 3 * s.q + 2 * s.kv + 4 * s.mlp, 4 * s.hidden, 2 * s.mlp + 2 * s.hidden
-        stream = s.hidden  # between layers, all that checkpointing keeps
-        if bf16:  # Liger: no normalised input, no silu(gate), in place. torch's varlen: k and v repeated, one output
-            layer, ends, work = 4 * s.hidden + 4 * s.q + 3 * s.mlp, 3 * s.hidden, s.mlp + 2 * s.hidden
-        if bf16 and not sharded:  # autocast instead of FSDP: fp32 between layers, a bf16 copy for every linear
-            layer, stream = layer + 5 * s.hidden, 2 * s.hidden
-        kept = s.layers * (stream if gradient_checkpointing else layer) + ends
-        again = layer - stream if gradient_checkpointing else 0
-        gradients = {f"{name} gradients": 4 * s.params / n}
-        passes = always | gradients | {f"{name} activations": c * tokens * kept}
-        in_layer = {f"{name} layer in backward": c * tokens * (work + again)}
-        # FSDP: this layer, the next, its buffer, a gradient; two fp32 gradients on their way. Autocast: bf16 copies
-        in_layer[f"{name} gathered layers"] = (4 * c + 8) * s.layer if sharded else 2 * s.params * bf16
-        if name == "policy":  # the head's gradient is summed in fp32
-            head = {"log-probs, head gradient": 4 * embedding + max((4 + before) * chunk, 2 * chunk + c * embedding)}
-            moments["policy head"] = passes | gathered | head
-            in_layer |= gathered | {"head gradient on its way": c * embedding * sharded}
-        moments[f"{name} layers"] = passes | in_layer
-        if not bf16:  # AdamW is fused on CUDA; here a parameter has the root of its second moment, and the quotient
-            moments[f"{name} AdamW"] = always | gradients | {"AdamW in work": 8 * s.vocab * s.hidden / n}
-    return moments, served["KV cache"] / key_value
-
-
-def memory_plan(policy, critic, reference, **flags) -> tuple[dict[str, float], str]:
-    """From Hugging Face configurations alone (reference may be None) and flags as in memory_items: GB (2**30) a rank of
-    every item, with the totals "while sampling" and "while updating"; and a table with a verdict, for people."""
-    given = {"policy": model_shape(policy, False), "critic": model_shape(critic, True)} | flags
-    given["reference"] = model_shape(reference, False) if reference else None
-    if not (given["policy"] and given["critic"]):
-        return {}, f"no memory plan for {policy.model_type}: it knows dense models that are made as Llama is"
-    card, ranks, tp, longest = (flags[name] for name in ("card_gb", "ranks", "tp", "longest"))
-
-    def needs(what: str, changed: dict) -> float:
-        moments = memory_items(**given | changed | ({"sharded": True} if "ranks" in changed else {}))[0]
-        return max(sum(moments[m].values()) for m in moments if (m == "sampling") == (what == "sampling")) / 2**30
-
-    def remedies(what: str) -> str:
-        """Each flag that brings this total down to the card on its own, with the mildest value that does."""
-        prompts = flags.get("prompts_per_step", flags["sequences"])
-        size, shares = given["critic"].params, [g / 100 for g in range(round(100 * flags["gpu_memory"]), 0, -1)]
-        shares = [g for g in shares if flags["bf16"] and memory_items(**given | {"gpu_memory": g})[1] >= longest]
-        budgets = range(flags["max_tokens_per_microbatch"], longest - 1, -1)
-        ways = {  # values from mild to strong
-            "--gpu_memory at most {}": ("gpu_memory", shares),
-            "--gradient_checkpointing": ("gradient_checkpointing", [True]),
-            "--max_tokens_per_microbatch at most {}": ("max_tokens_per_microbatch", budgets),
-            "at least {} GPUs": ("ranks", [n for n in range(ranks + 1, 513) if n % tp == prompts % n == 0]),
-            "--kl_coef 0": ("reference", [None]),
-            "a --critic_model of at most {.params:,} parameters": (
-                "critic", [given["critic"]._replace(params=size * k // 20) for k in range(19, 0, -1)]
-            ),
-        }  # fmt: skip
-        enough = []
-        for text, (name, values) in ways.items():
-            at = bisect_left(values, True, key=lambda value: needs(what, {name: value}) <= card)
-            enough += [text.format(value) for value in values[at : at + 1]]
-        return " or ".join(enough) or "no flag is enough alone"
-
-    moments, kv_tokens = memory_items(**given)
-    items = {name: size / 2**30 for alive in moments.values() for name, size in alive.items() if size}
-    text = f"memory plan, GB on each of {ranks} ranks:\n{'':27}" + "".join(f"{moment:>15}" for moment in moments)
-    for name in [*items, "total"]:
-        cells = [alive.get(name, 0) if name in items else sum(alive.values()) for alive in moments.values()]
-        text += f"\n  {name:25}" + "".join(f"{cell / 2**30:15.2f}" if cell else " " * 15 for cell in cells)
-    totals = {what: needs(what, {}) for what in ("sampling", "updating")}
-    want = min(flags["max_seqs"], -(-flags["sequences"] // (ranks // tp)))
-    text += f"\nKV cache: {kv_tokens:,.0f} tokens, {kv_tokens / longest:.1f} sequences of {longest}; {want} want to run"
-    text += "\n" + ", ".join(f"while {what} {gb:.1f} GB" for what, gb in totals.items())
-    wrong = [f"{gb:.1f} GB while {what}: {remedies(what)}" for what, gb in totals.items() if gb > card]
-    if kv_tokens < longest:
-        wrong.append("the KV cache holds no sequence of full length: a larger --gpu_memory or --tp, or shorter answers")
-    spare = f"fits in {card:g} GB, {card - max(totals.values()):.1f} GB to spare"
-    text += "\n" + ("\n".join([f"does not fit in {card:g} GB", *wrong]) if wrong else spare)
-    return items | {f"while {what}": gb for what, gb in totals.items()}, text

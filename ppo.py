@@ -12,20 +12,19 @@ passes are split, so advantages, denominators and metrics need no collective and
 Not here on purpose: Ray, asynchronous rollouts, tools, LoRA, reward models, a Trainer class; a variant is a copy of the
 file. The defaults follow Open-Reasoner-Zero (arXiv:2503.24290): no KL, gamma = lambda = 1.
 """
-# isort: off
+# isort: skip_file
 import sys
 
 sys.modules["kernels"] = None  # our kernels.py has the name of a Hugging Face package: say that package is absent ...
 import transformers.integrations.hub_kernels  # noqa: F401  ... while transformers looks for it, once, here
 
 del sys.modules["kernels"]
-# isort: on
 import json
 import math
 import os
 import random
 import shutil
-from collections.abc import Callable
+import subprocess
 from dataclasses import asdict, dataclass, field, make_dataclass
 from pathlib import Path
 from time import perf_counter
@@ -65,6 +64,7 @@ class Run:
     eval_temperature: float = 1.0  # 0: greedy
     eval_only: bool = False  # evaluate --model (a checkpoint's policy folder, say) and exit
     show_every: int = 10  # steps between two printed samples; 0: never
+    profile: int = 0  # this step is written to profile/ in the run folder, operation by operation; 0: none
     wandb: str | None = None  # Weights & Biases project; same keys as metrics.jsonl
 
 
@@ -75,7 +75,10 @@ class Model:
     critic_model: str | None = None  # start of the critic, may be smaller; default: the policy's
     dtype: Literal["auto", "bf16", "fp32"] = "auto"  # of compute (weights: fp32). auto: bf16 on CUDA, else fp32
     gradient_checkpointing: bool = True  # recompute activations of policy and critic: more time, far less memory
-    liger: bool = True  # Liger's RMSNorm and SwiGLU, on CUDA
+    attention: Literal["varlen", "sdpa", "flash_attention_2", "flex_attention"] = "varlen"  # others: transformers' own
+    liger: bool = True  # Liger's RMSNorm, SwiGLU and (on Hopper, where its extra is installed) log-probs, on CUDA
+    offload: tuple[Literal["policy", "critic", "reference"], ...] = ()  # models that live in the machine's memory
+    replicas: int = 1  # copies of the sharded models (HSDP): one a node, say; 1: every rank holds another shard
     sp: int = 1  # ranks that share one packed row (Ulysses); must divide the attention heads and the world
 
 
@@ -99,7 +102,6 @@ class PPO:
     lr: float = 1e-6  # policy learning rate (AdamW)
     critic_lr: float = 5e-6  # critic learning rate
     warmup: int = 0  # optimizer steps of linear learning-rate warm-up, for both
-    max_grad_norm: float = 1.0  # gradient clipping, for both
     critic_warmup: int = 0  # first steps that train the critic alone
     ppo_epochs: int = 1  # passes over each batch
     minibatch_size: int | None = None  # samples per optimizer step; default: the whole batch
@@ -112,8 +114,7 @@ class PPO:
     value_clip: float = 0.0  # values move at most this far from the old ones; 0: no clipping
     entropy_coef: float = 0.0  # entropy bonus
     kl_coef: float = 0.0  # penalty on KL(policy || reference); 0: no reference model is loaded
-    kl_in: Literal["reward", "loss"] = "reward"  # where the penalty goes
-    kl_estimator: Literal["k1", "k2", "k3"] = "k1"  # k1 belongs in the reward; in the loss use k2 or k3
+    kl_in: Literal["reward-k1", "reward-k2", "reward-k3", "loss-k2", "loss-k3"] = "reward-k1"  # place and estimator
     kl_target: float | None = None  # adapt kl_coef towards this KL (arXiv:1909.08593); default: fixed
     tis_cap: float = 2.0  # truncated importance sampling between engine and trainer; 0: off
 
@@ -167,13 +168,15 @@ def check(args: Args, world: int) -> list[PretrainedConfig]:
     expect(args.eval_only or prompts == even, f"prompts_per_step={prompts} is no multiple of {world} ranks: use {even}")
     part, whole, best = args.minibatch, args.batch_size, math.gcd(args.minibatch, args.batch_size)
     expect(part == best, f"minibatch_size={part} does not divide prompts x samples_per_prompt = {whole}: try {best}")
-    heads = math.gcd(*(config.num_attention_heads for config in configs))
-    for flag, n in (("tp", args.tp), ("sp", args.sp)):
-        expect(world % n == 0, f"{flag}={n} does not divide the {world} ranks: launch a multiple of {n}")
+    heads, node = math.gcd(*(c.num_attention_heads for c in configs)), int(os.environ.get("LOCAL_WORLD_SIZE", world))
+    for flag, n, ranks in (("tp", args.tp, node), ("sp", args.sp, world)):
+        expect(ranks % n == 0, f"{flag}={n} does not divide the {ranks} ranks: launch a multiple of {n}")
         expect(heads % n == 0, f"{flag}={n} does not divide the {heads} attention heads: use a divisor of {heads}")
+    shards, rest = divmod(world, args.replicas)
+    expect(args.replicas == 1 or rest == 0 < shards - 1, f"replicas={args.replicas} of {world} ranks: a copy needs 2")
+    expect(args.sp == 1 or args.attention == "varlen", f"sp={args.sp} needs --attention varlen, not {args.attention}")
+    expect(not args.offload or args.plan_gpus or "RANK" in os.environ, "offload is done by FSDP: launch with torchrun")
     expect(0 <= args.seed < 10**6 and args.steps >= 0, f"seed={args.seed}, steps={args.steps}: use 0 to 999999")
-    useless = args.kl_coef and args.kl_in == "loss" and args.kl_estimator == "k1"
-    expect(not useless, "kl_estimator=k1 has no gradient on average: use k2 or k3 with --kl_in loss")
     expect(args.plan_gpus == 0 or args.steps == 0, f"plan_gpus={args.plan_gpus} is for --steps 0: nothing is trained")
     expect(not (args.eval_only and args.resume), "eval_only evaluates --model: give it the checkpoint, not --resume")
     expect(args.kl_target is None or args.kl_coef > 0, "kl_target needs a kl_coef above 0 to start from")
@@ -200,13 +203,7 @@ def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, kind: str) -> Tensor:
     """Per-token estimate of KL(policy || reference) from the policy's own samples: joschu.net/blog/kl-approx.html.
     k1 is unbiased and may be negative, k2 is biased with low variance, k3 is unbiased and never negative."""
     log_ratio = logprobs - ref_logprobs
-    if kind == "k1":
-        return log_ratio
-    if kind == "k2":
-        return 0.5 * log_ratio**2
-    if kind == "k3":
-        return torch.exp(-log_ratio) - 1 + log_ratio
-    raise ValueError(f"kl estimator {kind!r}: use k1, k2 or k3")
+    return {"k1": log_ratio, "k2": 0.5 * log_ratio**2, "k3": torch.exp(-log_ratio) - 1 + log_ratio}[kind]
 
 
 def warmed(lr: float, update: int, warmup: int) -> float:
@@ -283,18 +280,18 @@ def train(args: Args) -> list[dict]:
     bar = main and sys.stderr.isatty()  # progress bars are for people, not for log files
     configs = check(args, args.plan_gpus or int(os.environ.get("WORLD_SIZE", 1)))
     if args.plan_gpus:
-        say(memory(args, configs, args.plan_gpus, args.plan_gb, cuda=True))
+        say(memory(args, args.plan_gpus, args.plan_gb, cuda=True))
         return []
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     source = data.load(args, tokenizer, args.seed, args.eval_rows, bar)  # before ranks: it may fork
     first = tokenizer.decode(next(iter(source.train.values()))[0]["ids"])
     say(f"{source.report}\nthe first prompt, as it is fed: {first!r}".strip())
-    accelerator, ranks = kernels.start_ranks(bf16, args.sp)
+    accelerator, ranks = kernels.start_ranks(bf16, args.sp, args.replicas)
     read = repr([(name, len(rows), rows[0]["ids"], rows[-1]["ids"]) for name, rows in source.train.items()])
     assert len(set(kernels.gather([read + source.report], ranks))) == 1, "ranks differ in rows: share HF_DATASETS_CACHE"
     device = accelerator.device
     made = rewards.start({row["task"] for rows in source.test.values() for row in rows}, args)
-    made |= kernels.setup(configs[0].model_type, args.liger, bar, bf16)
+    made |= kernels.setup(configs[0].model_type, args.liger, bar, bf16, args.attention)
     newest = newest_checkpoint(args.out) if args.resume else None
     start = int(newest.name[5:]) if newest else 0
     config = asdict(args) | {"first_prompt": first}
@@ -308,7 +305,7 @@ def train(args: Args) -> list[dict]:
         seed = rollout.stream(args.seed, step, purpose) + ranks.rank * len(prompts) // ranks.world * n
         return sampler.sample(kernels.share(prompts, ranks), n, limit, temperature, seed, bar)
 
-    def judge(rows: list[dict], n: int, samples: list[rollout.Sample]) -> tuple[list, list[str], Callable[[], list]]:
+    def judge(rows: list[dict], n: int, samples: list[rollout.Sample]) -> tuple:
         """All ranks' samples and texts, n for each row, and a function that waits for their results."""
         texts = [tokenizer.decode(s.ids, skip_special_tokens=True) for s in samples]
         rows = [row for row in kernels.share(rows, ranks) for _ in range(n)]
@@ -335,10 +332,13 @@ def train(args: Args) -> list[dict]:
         return history
 
     sampler.sleep()
-    policy = kernels.load_policy(args.model, accelerator, args.gradient_checkpointing)
-    critic = kernels.load_critic(args.critic_model or args.model, accelerator, args.gradient_checkpointing)
-    ref = kernels.load_policy(args.model, accelerator, False, trained=False) if args.kl_coef else None
-    adam = {"betas": (0.9, 0.95), "weight_decay": 0.0, "fused": device.type == "cuda"}
+    how = {"accelerator": accelerator, "attention": args.attention, "checkpointing": args.gradient_checkpointing}
+    policy = kernels.load_policy(args.model, **how, offload="policy" in args.offload)
+    critic = kernels.load_critic(args.critic_model or args.model, **how, offload="critic" in args.offload)
+    how |= {"trained": False, "offload": "reference" in args.offload}
+    ref = kernels.load_policy(args.model, **how) if args.kl_coef else None
+    kl_place, kl_kind = args.kl_in.split("-")
+    adam = {"betas": (0.9, 0.95), "weight_decay": 0.0, "fused": True}
     models = {"policy": policy, "critic": critic, "reference": ref}
     trained = {k: (m, torch.optim.AdamW(m.parameters(), **adam)) for k, m in models.items() if m is not ref}
     if newest:
@@ -347,8 +347,6 @@ def train(args: Args) -> list[dict]:
     history, log = open_run_folder(Path(args.out), config, start, main and args.steps > 0)
     made["engine"] = f"{args.engine} tp {args.tp}"
     say(plan(args, ranks, models, made, start))
-    if args.steps == 0:
-        say(memory(args, configs, ranks.world, kernels.memory_gb(ranks), device.type == "cuda"))
 
     def forward(model: nn.Module, batch: rollout.Rollout) -> Tensor:
         """The critic's values, or another model's log-probs, of a whole batch: (B, T) on every rank, no gradient."""
@@ -358,6 +356,7 @@ def train(args: Args) -> list[dict]:
                 answers = [kernels.critic_forward(model, p, ranks.sp_group) for p in micro]
             else:
                 answers = [kernels.policy_forward(model, p, args.temperature, ranks.sp_group)[0] for p in micro]
+        kernels.reshard(model)
         return kernels.unpack([(p.index, answer) for p, answer in zip(micro, answers)], batch.mask, ranks)
 
     def hand_over(step: int) -> float:
@@ -369,8 +368,7 @@ def train(args: Args) -> list[dict]:
         batch = rollout.collate(prompts, kernels.gather(samples, ranks), device)
         gap = (forward(policy, batch) - batch.sampler_logprobs).abs().view(ranks.world, -1).sum(1)
         worst = (gap / batch.mask.view(ranks.world, -1).sum(1)).max().item()
-        limit = 0.05 if bf16 else 0.001
-        if not worst < limit:
+        if not worst < (limit := 0.05 if bf16 else 0.001):
             why = "the engine has stale or wrong weights, or another temperature or precision"
             raise RuntimeError(f"canary at step {step}: log-probs differ by {worst:.4f}, allowed {limit}: {why}")
         return worst
@@ -384,6 +382,7 @@ def train(args: Args) -> list[dict]:
     begun = perf_counter()
     for step in range(start, max(args.steps, 1)):
         times, meter = {}, kernels.Meter()
+        profiler = kernels.start_profile(step + 1 == args.profile)
 
         # ---- 1. sample: the policy answers a fresh batch of prompts
         with kernels.timed(times, "sample"):
@@ -401,7 +400,7 @@ def train(args: Args) -> list[dict]:
         # ---- 3. forward: log-probs under policy and reference, values under the critic; no grad
         train_policy = step >= args.critic_warmup
         # with one update a step the old log-probs are that update's own, detached: no pass for them
-        on_policy = train_policy and args.updates_per_step == 1 and not (args.kl_coef and args.kl_in == "reward")
+        on_policy = train_policy and args.updates_per_step == 1 and not (ref and kl_place == "reward")
         with kernels.timed(times, "forward"):
             old_values = forward(critic, batch)
             old_logprobs = None if on_policy else forward(policy, batch)
@@ -422,8 +421,8 @@ def train(args: Args) -> list[dict]:
         with kernels.timed(times, "advantage"):
             last = mask & ~torch.nn.functional.pad(mask, (0, 1))[:, 1:]
             token_rewards = torch.where(last, scores[:, None], 0.0)
-            if ref and args.kl_in == "reward":
-                penalty = kl_coef * kl_estimate(old_logprobs, ref_logprobs, args.kl_estimator)
+            if ref and kl_place == "reward":
+                penalty = kl_coef * kl_estimate(old_logprobs, ref_logprobs, kl_kind)
                 token_rewards = token_rewards - torch.where(mask, penalty, 0.0)
             advantages, returns = gae(token_rewards, old_values, mask, args.gamma, args.lam)
             advantages = whiten(advantages, mask) if args.whiten else advantages
@@ -453,15 +452,15 @@ def train(args: Args) -> list[dict]:
                             engine = batch.sampler_logprobs.view(-1)[p.index]
                             loss = loss * torch.exp(old - engine).clamp(max=args.tis_cap)
                         loss = loss - args.entropy_coef * entropy
-                        if ref and args.kl_in == "loss":
+                        if ref and kl_place == "loss":
                             reference = ref_logprobs.view(-1)[p.index]
-                            loss = loss + kl_coef * kl_estimate(logprobs, reference, args.kl_estimator)
+                            loss = loss + kl_coef * kl_estimate(logprobs, reference, kl_kind)
                         (loss.sum() * scale).backward()
                         meter.add_all("policy/", loss=loss, entropy=entropy, clipfrac_low=low, clipfrac_high=high)
                         meter.add("policy/approx_kl", kl_estimate(old, logprobs, "k3"))
                         fresh.append((p.index, logprobs.detach()))
                     if train_policy:
-                        norm = kernels.optimizer_step(*trained["policy"], policy_lr, args.max_grad_norm, batch, dump)
+                        norm = kernels.optimizer_step(*trained["policy"], policy_lr, batch, dump)
                         meter.add("policy/grad_norm", norm)
 
                     for p in micro:
@@ -469,7 +468,7 @@ def train(args: Args) -> list[dict]:
                         loss, clipped = value_loss(values, old, returns.view(-1)[p.index], args.value_clip)
                         (loss.sum() * scale).backward()
                         meter.add_all("critic/", loss=loss, clipfrac=clipped)
-                    norm = kernels.optimizer_step(*trained["critic"], critic_lr, args.max_grad_norm, batch, dump)
+                    norm = kernels.optimizer_step(*trained["critic"], critic_lr, batch, dump)
                     meter.add("critic/grad_norm", norm)
             if on_policy:
                 old_logprobs = kernels.unpack(fresh, mask, ranks)
@@ -483,11 +482,10 @@ def train(args: Args) -> list[dict]:
             row = {"step": step + 1, **rewards.summary(scored, [row["task"] for row in rows])}
             row |= rollout.summary(samples, times["time/sample"])
             row |= rollout.mismatch(old_logprobs[mask], batch.sampler_logprobs[mask], args.tis_cap)
-            row |= meter.means(ranks) | {"mismatch/canary": canary}
+            row |= meter.means(ranks) | {"mismatch/canary": canary, "policy/lr": policy_lr, "critic/lr": critic_lr}
             row |= critic_metrics(old_values[mask], returns[mask])
-            row |= {"policy/lr": policy_lr, "critic/lr": critic_lr}
             if ref:
-                kl = kl_estimate(old_logprobs, ref_logprobs, args.kl_estimator)[mask].mean().item()
+                kl = kl_estimate(old_logprobs, ref_logprobs, kl_kind)[mask].mean().item()
                 row |= {"policy/ref_kl": kl, "policy/kl_coef": kl_coef}
                 if args.kl_target:
                     kl_coef = adapt_kl_coef(kl_coef, kl, args.kl_target, args.batch_size)
@@ -496,9 +494,10 @@ def train(args: Args) -> list[dict]:
                 row |= evaluate()[0]
             if done or (args.save_every and (step + 1) % args.save_every == 0):
                 save(Path(args.out), step + 1, kl_coef, trained, tokenizer, main)
-        row |= times | {"time/step": sum(times.values()), "perf/tokens_per_s": sum(batch.lengths) / sum(times.values())}
-        row |= data.plan_summary([n - 1 for n in batch.lengths], args.max_tokens_per_microbatch * args.sp, ranks.rows)
-        row["perf/peak_gb"] = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else 0.0
+        fed, updated = [n - 1 for n in batch.lengths], [critic, policy] if train_policy else [critic]
+        row |= times | kernels.utilisation(times, updated, fed, mask.sum().item(), args.ppo_epochs, ranks)
+        row |= data.plan_summary(fed, args.max_tokens_per_microbatch * args.sp, ranks.rows)
+        kernels.write_profile(profiler, Path(args.out) / "profile", ranks)
         log(row, shown)
         say(line(row, args, (perf_counter() - begun) / (step + 1 - start)))
         if args.show_every and (step + 1) % args.show_every == 0:
@@ -511,26 +510,27 @@ def train(args: Args) -> list[dict]:
 
 
 def plan(args: Args, ranks: kernels.Ranks, models: dict, made: dict[str, str], start: int) -> str:
-    """The batch arithmetic, then what was chosen for the user."""
+    """The batch arithmetic, what was chosen for the user, and for --steps 0 the memory plan."""
     made |= {k: f"{sum(p.numel() for p in m.parameters()) / 1e6:.1f}M" if m else "none" for k, m in models.items()}
     return (
         f"plan: {args.prompts_per_step} prompts x {args.samples_per_prompt} = {args.batch_size} samples a step; "
         f"{args.ppo_epochs} epochs x {args.batch_size // args.minibatch} minibatches of {args.minibatch} samples; "
         f"micro-batches <= {args.max_tokens_per_microbatch * args.sp} tokens on {ranks.rows} x {ranks.sp} ranks; "
         f"steps {start} to {args.steps}\nmade: " + ", ".join(f"{k} {v}" for k, v in made.items())
+        + ("" if args.steps else "\n" + memory(args, ranks.world, None, torch.cuda.is_available()))
     )
 
 
-def memory(args: Args, configs: list, ranks: int, gb: float, cuda: bool) -> str:
-    """What each rank will need, for the flags as they are."""
-    flags = vars(args) | {"ranks": ranks, "card_gb": gb, "bf16": cuda, "sharded": cuda or "RANK" in os.environ}
-    flags |= {"sequences": args.batch_size, "longest": args.max_prompt_tokens + args.max_new_tokens}
-    return kernels.memory_plan(*configs, configs[0] if args.kl_coef else None, **flags)[1]
+def memory(args: Args, ranks: int, gb: float | None, cuda: bool) -> str:
+    """What each rank will need, for the flags as they are: memory.py's answer. gb of a card; None: of this machine."""
+    given = asdict(args) | {"ranks": ranks, "card_gb": gb, "bf16": cuda, "sharded": cuda or "RANK" in os.environ}
+    command = [sys.executable, "-P", Path(__file__).with_name("memory.py")]
+    return subprocess.run(command, input=json.dumps(given), capture_output=True, text=True, check=True).stdout
 
 
 def line(row: dict, args: Args, seconds_per_step: float) -> str:
     """One step for people; fixed order, so that grep works."""
-    eta, seconds = seconds_per_step * (args.steps - row["step"]), row["time/step"]
+    minutes, seconds = seconds_per_step * (args.steps - row["step"]) / 60, row["time/step"]
     clip = row.get("policy/clipfrac_low", 0.0) + row.get("policy/clipfrac_high", 0.0)
     phases = " + ".join(f"{k[5:]} {v:.1f}" for k, v in row.items() if k.startswith("time/") and k != "time/step")
     return (
@@ -538,7 +538,7 @@ def line(row: dict, args: Args, seconds_per_step: float) -> str:
         f"len {row['rollout/length_mean']:.0f} trunc {row['rollout/truncated_frac']:.0%} | kl "
         f"{row.get('policy/approx_kl', 0):.4f} ent {row.get('policy/entropy', 0):.2f} clip {clip:.1%} "
         f"gn {row.get('policy/grad_norm', 0):.2f} ev {row['critic/explained_var']:.2f} gap "
-        f"{row['mismatch/logp_abs_mean']:.0e} | {seconds:.1f}s = {phases} | eta {eta // 60:.0f}m{eta % 60:02.0f}s"
+        f"{row['mismatch/logp_abs_mean']:.0e} mfu {row['perf/mfu']:.0%} | {seconds:.1f}s = {phases} | eta {minutes:.0f}m"
         + (f" | eval {row['eval/correct']:.3f}" if "eval/correct" in row else "")
     )
 
@@ -564,7 +564,7 @@ def open_run_folder(out: Path, config: dict, start: int, main: bool):
         (out / "config.json").write_text(json.dumps(config, indent=1))
         for name, rows in kept.items():
             (out / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
-        for name in ("ppo", "rollout", "rewards", "data", "kernels", "sandbox", "equality"):
+        for name in ("ppo", "rollout", "rewards", "data", "kernels", "memory", "sandbox", "equality"):
             shutil.copy(Path(__file__).parent / f"{name}.py", out)
         if config["wandb"]:
             board = __import__("wandb").init(project=config["wandb"], name=out.name, config=config)
@@ -586,7 +586,7 @@ def save(out: Path, step: int, kl_coef: float, trained: dict, tokenizer, main: b
     final = out / "checkpoints" / f"step_{step}"
     aside = final.with_name(final.name + ".tmp")
     for name, (model, _) in trained.items():
-        state = {key: tensor.cpu() for key, tensor in kernels.full_weights(model, torch.float32) if main}
+        state = {key: tensor.to("cpu", copy=True) for key, tensor in kernels.full_weights(model, torch.float32) if main}
         if main:
             model.save_pretrained(aside / name, state_dict=state)
             tokenizer.save_pretrained(aside / name)

@@ -44,10 +44,8 @@ class Rules:
     """what counts as an answer, and what a program may cost"""
     code_reward: Literal["all", "fraction"] = "all"  # all: 1 when every test passes; fraction: the part that passes
     test_seconds: float = 4.0  # CPU time of a program on one test; by the clock twice that and one second more
-    answer_tags: bool = False  # math: <answer>...</answer> counts when there is no \boxed{}
-    lenient: bool = False  # math: then the last number counts; code: then a response without a fence is a program
+    answers: Literal["strict", "tagged", "any"] = "strict"  # math: <answer> too, then any last number; code: no fence
     unsafe_code: bool = False  # run model-written programs although the kernel offers too few walls (sandbox.py)
-    reward_workers: int = 0  # processes that judge at the same time; 0: this machine's cores / its ranks
 
 
 class Infra(Exception):
@@ -151,9 +149,10 @@ def math(text: str, row: dict) -> dict:
     """1 when the last \\boxed{} after the reasoning means the same as the row's LaTeX answer (equality.py)."""
     gold, text, rules = str(row["answer"]), answered(text), CURRENT.rules
     box = last_box(text)
-    if box is None and (rules.answer_tags or rules.lenient) and (tagged := last_answer(text)) is not None:
+    if box is None and rules.answers != "strict" and (tagged := last_answer(text)) is not None:
         box = tagged, text.rpartition("</answer>")[2]
-    if box is None and rules.lenient and (numbers := re.findall(r"-?\d[\d,]*(?:\.\d+|/\d+)?", text[-MAX_ANSWER:])):
+    numbers = re.findall(r"-?\d[\d,]*(?:\.\d+|/\d+)?", text[-MAX_ANSWER:]) if rules.answers == "any" else []
+    if box is None and numbers:
         box = numbers[-1], ""
     if box is None or not box[0].strip():
         return verdict("no_answer")
@@ -278,7 +277,7 @@ def code(text: str, row: dict) -> dict:
     """1 when the last fenced block passes all tests of the row, or with --code_reward fraction the part that passes."""
     tests, name, text, rules = unit_tests(row), row["answer"].get("fn_name"), answered(text), CURRENT.rules
     program = last_block(text)
-    if program is None and rules.lenient:
+    if program is None and rules.answers == "any":
         program = text
     if program is None or not program.strip():
         return verdict("no_answer")
@@ -514,7 +513,7 @@ def submit(
         raise ValueError(f"no reward for task {sorted(unknown)}: REWARDS in rewards.py knows {sorted(REWARDS)}")
     if len(texts) != len(rows):
         raise ValueError(f"{len(texts)} texts for {len(rows)} rows: give one row for each text")
-    pool, futures = pool_of(workers or rules.reward_workers or default_workers()), []
+    pool, futures = pool_of(workers or default_workers()), []
     for text, row, done in zip(texts, rows, finished or [True] * len(rows)):
         futures.append(pool.submit(text, row, rules) if done else Future())
         if not done:

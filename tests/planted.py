@@ -59,7 +59,7 @@ BUGS = [
         "old = logprobs.detach()", TRAIN),
     Bug("resume-forgets-kl-coef", "ppo.py", "if newest and args.kl_target else args.kl_coef",
         "if False else args.kl_coef", TRAIN),
-    Bug("export-of-a-rounded-head", "kernels.py", "            module.reshard()", "            pass", TRAIN),
+    Bug("export-of-a-rounded-head", "kernels.py", "        unit.reshard()\n    return", "        pass\n    return", TRAIN),
     Bug("nan-goes-through", "kernels.py", "if not torch.isfinite(norm):", "if False:", TRAIN),
     # alignment
     Bug("eos-missing-from-mask", "rollout.py", "[True] * len(s.ids) + [False] * f",
@@ -119,7 +119,7 @@ BUGS = [
     Bug("pass-at-k-biased", "rewards.py", "1 - comb(size - c, m) / comb(size, m)", "1 - (1 - c / size) ** m", REWARDS),
     Bug("majority-of-answers-alone", "rewards.py", "(c >= max(w, default=0) and c > 0)", "(c > 0)", REWARDS),
     Bug("stop-text-ignored", "rollout.py", "stop=self.stop, include", "include", ("test_engine.py",)),
-    Bug("adam-not-planned", "kernels.py", 'f"{name} Adam states": 8 *', 'f"{name} Adam states": 0 *', ("test_plan.py",)),
+    Bug("adam-not-planned", "memory.py", 'f"{name} Adam states": 8 *', 'f"{name} Adam states": 0 *', ("test_plan.py",)),
     # rewards
     Bug("eval", "rewards.py", 'tree = ast.parse(" ".join(expression.split()), mode="eval").body',
         "return Fraction(eval(expression)), sorted(map(int, __import__('re').findall('[0-9]+', expression)))", REWARDS),

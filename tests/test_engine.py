@@ -100,8 +100,8 @@ def test_stop_texts_end_a_response(tiny, answers):
         assert [(response, finished) for response, _, finished in answered(process)["samples"]] == expected
 
 
-STALE = Bug("one-weight-not-synced", "kernels.py", "for name, p in model.named_parameters():",
-            "for name, p in [x for x in model.named_parameters() if 'layers.1.mlp.down' not in x[0]]:", ())  # fmt: skip
+STALE = Bug("one-weight-not-synced", "kernels.py", "        if name not in sent:",
+            "        if name not in sent and 'layers.1.mlp.down' not in name:", ())  # fmt: skip
 COLD = Bug("engine-at-temperature-1", "rollout.py", "temperature=temperature, max_tok", "temperature=1.0, max_tok", ())
 
 

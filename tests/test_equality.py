@@ -91,10 +91,10 @@ def test_the_last_complete_box(text):
 
 
 @pytest.mark.parametrize("rules, text, right", [
-    ({}, "<answer>5</answer>", False), ({"answer_tags": True}, "<answer>5</answer>", True), ({}, "so it is 5", False),
-    ({"lenient": True}, "so it is 5", True), ({"lenient": True}, "5, no, 6", False), ({"lenient": True}, "nothing", False),
-    ({"answer_tags": True}, r"<answer>6</answer>\boxed{5}", True), ({"answer_tags": True}, "so it is 5", False),
-    ({}, r"\boxed{5}</think>", False), ({}, r"\boxed{6}</think>\boxed{5}", True), ({"lenient": True}, "5</think>", False),
+    ({}, "<answer>5</answer>", False), ({"answers": "tagged"}, "<answer>5</answer>", True), ({}, "so it is 5", False),
+    ({"answers": "any"}, "so it is 5", True), ({"answers": "any"}, "5, no, 6", False), ({"answers": "any"}, "nothing", False),
+    ({"answers": "tagged"}, r"<answer>6</answer>\boxed{5}", True), ({"answers": "tagged"}, "so it is 5", False),
+    ({}, r"\boxed{5}</think>", False), ({}, r"\boxed{6}</think>\boxed{5}", True), ({"answers": "any"}, "5</think>", False),
 ])  # fmt: skip
 def test_flags_and_reasoning(rules, text, right):
     """Guards loose numbers that score although nobody asked for it, and answers out of the reasoning."""

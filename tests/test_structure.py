@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FILES = {"ppo.py", "rollout.py", "rewards.py", "data.py", "kernels.py"}
 REQUIRED = FILES | {"run_4xh100.sh", "run_cpu.sh", "requirements.txt", "requirements-cpu.txt", "README.md", "LICENSE",
                     "tests", ".ci", ".gitignore"}  # fmt: skip
-PROGRAMS = {"sandbox.py", "equality.py"}  # run in other processes; the trainer imports neither
+PROGRAMS = {"sandbox.py", "equality.py", "memory.py"}  # run in other processes; the trainer imports none
 LATER = PROGRAMS | {"report.py", "BENCHMARKS.md", "docs"}
 
 

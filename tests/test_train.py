@@ -143,7 +143,7 @@ def test_ranks_and_budgets_do_not_matter(tmp_path, toy_model):
     """Guards the one denominator, FSDP's averaging and the packing: 1 process, 2 ranks (with checkpointing), half and
     double budget, sequence-parallel ranks; three steps with everything switched on."""
     flags = ["--model", toy_model, "--steps", 3, "--prompts_per_step", 32, "--minibatch_size", 16, "--kl_coef", 0.05,
-             "--kl_in", "loss", "--kl_estimator", "k3", "--value_clip", 0.2, "--lam", 0.9, "--seed", 3,
+             "--kl_in", "loss-k3", "--value_clip", 0.2, "--lam", 0.9, "--seed", 3,
              "--eval_every", 3, "--eval_rows", 7, "--eval_samples", 2]  # fmt: skip
     ways = {
         "one": (TOY, ["--max_tokens_per_microbatch", 64]),
