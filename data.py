@@ -529,7 +529,7 @@ def cost(length: int, quadratic: float = 1 / 8192) -> float:
 def plan_microbatches(lengths: list[int], budget: int, ranks: int = 1) -> list[list[list[int]]]:
     """plan[rank][k] = indices (into `lengths`) of the sequences that rank runs as its micro-batch k, at most `budget`
     tokens. Every rank gets as many of them (FSDP hangs otherwise; some may be empty), as few as first-fit-decreasing
-    finds, with costs balanced over micro-batches and ranks."""
+    finds. Ranks wait for each other in every one: the k-th micro-batches of all ranks, a round, cost about the same."""
     if (longest := max(lengths, default=0)) > budget:
         raise ValueError(f"a sequence of {longest} tokens does not fit {budget}: raise --max_tokens_per_microbatch")
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
@@ -543,35 +543,33 @@ def plan_microbatches(lengths: list[int], budget: int, ranks: int = 1) -> list[l
         bins[k].append(i)
         room[k] -= lengths[i]
 
-    count = max(1, -(-len(bins) // ranks)) * ranks
-    even: list[list[int]] = [[] for _ in range(count)]  # same number of bins, now filled evenly by cost where that fits
-    room, load = [budget] * count, [0.0] * count
+    rounds = max(1, -(-len(bins) // ranks))
+    even: list[list[int]] = [[] for _ in range(rounds * ranks)]  # as many rounds, filled again to wait as little
+    room, load, slowest, begun = [budget] * len(even), [0.0] * len(even), [0.0] * rounds, 0
     for i in order:
-        fits = [k for k in range(count) if room[k] >= lengths[i]]
+        work = cost(lengths[i])  # where it fits: the bin that makes its round last the least longer, then the emptiest
+        fits = [k for k, free in enumerate(room[: (begun + 1) * ranks]) if free >= lengths[i]]  # later rounds: as empty
         if not fits:
-            even = bins + [[] for _ in range(count - len(bins))]
+            even = bins + [[] for _ in range(len(even) - len(bins))]
             break
-        k = min(fits, key=lambda k: (load[k], k))
+        _, _, k = min((max(0.0, load[k] + work - slowest[k // ranks]), load[k], k) for k in fits)
         even[k].append(i)
         room[k] -= lengths[i]
-        load[k] += cost(lengths[i])
+        load[k] += work
+        slowest[k // ranks], begun = max(slowest[k // ranks], load[k]), max(begun, k // ranks + 1)
 
-    weight = [sum(cost(lengths[i]) for i in b) for b in even]
-    plan: list[list[list[int]]] = [[] for _ in range(ranks)]  # dearest bin to the least loaded rank with a free slot
-    total = [0.0] * ranks
-    for k in sorted(range(count), key=lambda k: (-weight[k], k)):
-        r = min((r for r in range(ranks) if len(plan[r]) < count // ranks), key=lambda r: (total[r], r))
-        plan[r].append(even[k])
-        total[r] += weight[k]
-    return plan
+    even.sort(key=lambda bin: -sum(cost(lengths[i]) for i in bin))  # each round: the `ranks` dearest that are left,
+    deal = [even[k * ranks : (k + 1) * ranks][:: (-1) ** k] for k in range(rounds)]  # dealt to and fro
+    return [list(rank) for rank in zip(*deal)]
 
 
 def plan_summary(lengths: list[int], budget: int, ranks: int = 1) -> dict[str, float]:
-    """How full the micro-batches of a plan are, and by how much the busiest rank exceeds the mean."""
+    """How full the micro-batches of a plan are, and how much longer than the mean of all ranks' costs a pass takes, as
+    every micro-batch lasts as long as the slowest rank's."""
     plan = plan_microbatches(lengths, budget, ranks)
-    load = [sum(cost(lengths[i]) for microbatch in rank for i in microbatch) for rank in plan]
-    fill, imbalance = sum(lengths) / (budget * len(plan[0]) * ranks), max(load) * ranks / sum(load) - 1
-    return {"perf/microbatches": len(plan[0]), "perf/pack_fill": fill, "perf/rank_imbalance": imbalance}
+    load = [[sum(cost(lengths[i]) for i in microbatch) for microbatch in rank] for rank in plan]
+    fill, waiting = sum(lengths) / (budget * len(plan[0]) * ranks), sum(map(max, zip(*load))) / sum(map(sum, load))
+    return {"perf/microbatches": len(plan[0]), "perf/pack_fill": fill, "perf/rank_imbalance": waiting * ranks - 1}
 
 
 # ----------------------------------------------------------------------------------------------- python data.py eurus
