@@ -26,6 +26,7 @@ class Bug(NamedTuple):
 
 MATH, ALIGNMENT, KERNELS = ("test_math.py",), ("test_alignment.py",), ("test_kernels.py",)
 DATA, REWARDS, TRAIN = ("test_data.py",), ("test_rewards.py",), ("test_train.py",)
+PACKING = ("test_plan_microbatches.py",)
 SANDBOX, EQUALITY, SOURCES = ("test_sandbox.py",), ("test_equality.py",), ("test_sources.py",)
 BUGS = [
     # the classics of PPO
@@ -98,13 +99,21 @@ BUGS = [
         DATA),
     Bug("epochs-alike", "data.py", 'f"epoch {epoch} {seed}"', 'f"epoch {seed}"', DATA),
     Bug("resume-repeats", "data.py", "random.Random(f\"epoch {epoch} {seed}\")", "random", DATA),
-    Bug("budget-soft", "data.py", "if free >= lengths[i])", "if free > 0)", DATA),
-    Bug("budget-soft-when-even", "data.py", "if room[k] >= lengths[i]]", "if room[k] > 0]", DATA),
-    Bug("ranks-unequal", "data.py", "if len(plan[r]) < count // ranks)", "if True)", DATA),
-    Bug("dear-bins-to-rank-0", "data.py", "key=lambda r: (total[r], r)", "key=lambda r: r", DATA),
-    Bug("bins-filled-unevenly", "data.py", "k = min(fits, key=lambda k: (load[k], k))", "k = fits[0]", DATA),
-    Bug("one-bin-too-many", "data.py", "count = max(1, -(-len(bins) // ranks)) * ranks",
-        "count = max(1, -(-len(bins) // ranks) + 4) * ranks", DATA),
+    Bug("budget-soft", "data.py", "if free >= lengths[i])", "if free >= lengths[i] - 1)", PACKING),
+    Bug("budget-soft-when-even", "data.py", "if free >= lengths[i]]", "if free >= lengths[i] - 1]", PACKING),
+    Bug("longest-sequence-lost", "data.py", "for i in order:\n        work =", "for i in order[1:]:\n        work =",
+        PACKING),
+    Bug("ranks-unequal", "data.py", "[list(rank) for rank in zip(*deal)]",
+        "[[bin for bin in rank if bin] for rank in zip(*deal)]", PACKING),
+    Bug("dear-bins-to-rank-0", "data.py", "[:: (-1) ** k]", "", PACKING),
+    Bug("rounds-of-unlike-bins", "data.py", "even.sort(key=lambda bin: -sum(cost(lengths[i]) for i in bin))",
+        "even.sort(key=len)", PACKING),
+    Bug("bins-filled-unevenly", "data.py", "load[k], k) for k in fits)", "0, k) for k in fits[:1])", PACKING),
+    Bug("rounds-all-alike", "data.py", "max(0.0, load[k] + work - slowest[k // ranks])", "0.0", PACKING),
+    Bug("packed-as-they-come", "data.py", "key=lambda i: (-lengths[i], i)", "key=lambda i: i", PACKING),
+    Bug("one-round-too-many", "data.py", "rounds = max(1, -(-len(bins) // ranks))",
+        "rounds = 1 + max(1, -(-len(bins) // ranks))", PACKING),
+    Bug("summary-without-waiting", "data.py", "sum(map(max, zip(*load)))", "max(map(sum, load))", PACKING),
     Bug("chat-without-generation-prompt", "data.py", '"add_generation_prompt": True', '"add_generation_prompt": False',
         DATA + SOURCES),
     Bug("long-prompt-passes", "data.py", "if len(ids) > limit else", "if len(ids) > limit + 1 else", SOURCES),

@@ -1,14 +1,9 @@
-"""Countdown problems, encoding, the order of rows, and the token-budget plan."""
+"""Countdown problems, encoding and the order of rows."""
 import functools
-import math
 import random
-import statistics
-from collections import Counter
 from fractions import Fraction
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 import data
@@ -152,46 +147,3 @@ def test_batch_is_a_function_of_the_step():
     random.seed(2)
     assert [data.batch(items, step, 4, seed=5) for step in (8, 7, 0)] == [straight[8], straight[7], straight[0]]
     assert [row["id"] for row in items["one"]] == list(range(10))  # the caller's list is not shuffled
-
-
-# -------------------------------------------------------------------------------------------------- micro-batches
-
-
-@given(st.lists(st.integers(0, 12), max_size=40), st.integers(12, 36), st.integers(1, 6))  # so that bins get full
-def test_plan_keeps_its_promises(lengths, budget, ranks):
-    """Guards a budget that is exceeded, sequences lost or doubled, and ranks with unequal counts (FSDP would hang)."""
-    plan = data.plan_microbatches(lengths, budget, ranks)
-    assert len(plan) == ranks and len({len(rank) for rank in plan}) == 1 and plan[0]
-    chosen = [i for rank in plan for microbatch in rank for i in microbatch]
-    assert Counter(chosen) == Counter(range(len(lengths)))
-    assert all(sum(lengths[i] for i in microbatch) <= budget for rank in plan for microbatch in rank)
-    assert plan == data.plan_microbatches(list(lengths), budget, ranks)
-
-
-def test_plan_refuses_what_does_not_fit():
-    """Guards a sequence over the budget that is dropped in silence, or run and out of memory."""
-    assert data.plan_microbatches([300, 10], 300) == [[[0], [1]]]
-    with pytest.raises(ValueError, match="301 tokens.*300.*max_tokens_per_microbatch"):
-        data.plan_microbatches([10, 301], 300)
-
-
-@pytest.mark.parametrize("ranks", [1, 4])
-@pytest.mark.parametrize("budget", [18_000, 32_768])
-@pytest.mark.parametrize("median, sigma", [(1500, 1.0), (3000, 1.0), (6000, 0.7)])
-def test_plan_is_nearly_as_good_as_possible(median, sigma, budget, ranks):
-    """Guards a plan that wastes passes or leaves ranks waiting, on lengths as reasoning models make them. Under FSDP
-    ranks wait for each other in every micro-batch, not only at the end of the step."""
-    waiting = []
-    for seed in range(8):
-        rng = random.Random(seed)
-        lengths = [max(1, min(16_384, round(rng.lognormvariate(math.log(median), sigma)))) for _ in range(256)]
-        plan = data.plan_microbatches(lengths, budget, ranks)
-        least = max(sum(lengths) / budget, sum(length > budget / 2 for length in lengths))
-        assert len(plan[0]) <= math.ceil(1.06 * math.ceil(least) / ranks)
-        work = [[sum(data.cost(lengths[i]) for i in microbatch) for microbatch in rank] for rank in plan]
-        totals = [sum(rank) for rank in work]
-        waiting.append(sum(map(max, zip(*work))) / statistics.mean(totals) - 1)
-        assert max(totals) / statistics.mean(totals) - 1 == pytest.approx(
-            data.plan_summary(lengths, budget, ranks)["perf/rank_imbalance"]
-        )
-    assert statistics.median(waiting) < 0.05

@@ -54,13 +54,13 @@ LENGTHS = [uniform, long_tail, bimodal, near_limit, cut, short, giant]
 
 
 def bin_bounds(lengths: list[int], budget: int) -> Iterator[int]:
-    """Lower bounds on the bins of any packing, the cheap ones first. All but the second are sums of weights of which no
-    `budget` tokens hold more than 1; the tokens themselves, divided by the budget, are the first."""
+    """Lower bounds on the bins of any packing, the cheap ones first. Each is the sum of weights that no bin can hold
+    more than 1 of; the first weight is the share of the budget."""
     yield -(-sum(lengths) // budget)
     yield sum(2 * length > budget for length in lengths)  # no two of these share a bin
     for k in range(2, 9):  # Fekete and Schepers' u(k): at most k sequences of more than budget / (k + 1)
-        parts = [divmod((k + 1) * length, budget) for length in lengths]
-        yield -(-sum(whole * budget if rest else whole * budget * k // (k + 1) for whole, rest in parts) // (k * budget))
+        parts = ((length, *divmod((k + 1) * length, budget)) for length in lengths)
+        yield -(-sum(whole * budget if rest else k * length for length, whole, rest in parts) // (k * budget))
     lengths = sorted(lengths)
     before = [0, *accumulate(lengths)]
     start, end = 0, len(lengths)
@@ -70,8 +70,8 @@ def bin_bounds(lengths: list[int], budget: int) -> Iterator[int]:
         while end > start and lengths[end - 1] > budget - least:  # and these 1, as none of the others fits beside them
             end -= 1
         yield len(lengths) - end - (before[start] - before[end]) // budget
-    large = [length for length in lengths if 4 * length > budget]  # at most three fit: by Jensen any concave weight will
-    for slope in range(1, 40):  # do that is at most 1/2, and 1/3 for a third of the budget
+    large = [length for length in lengths if 4 * length > budget]  # at most three fit: by Jensen's inequality any
+    for slope in range(1, 40):  # concave weight will do that is 1/3 for a third of the budget and never above 1/2
         weights = (min(0.5, 1 / 3 + slope / 10 * (length / budget - 1 / 3)) for length in large)
         yield math.ceil(sum(weight for weight in weights if weight > 0) - 1e-6)
 
@@ -121,10 +121,10 @@ def test_every_sequence_once_within_budget_and_equal_counts(planned):
 
 
 def test_no_more_microbatches_than_needed(planned):
-    """Guards passes that are not needed. In every batch the micro-batches are those that a packing into at most 6 % (or
-    1, if that is more) bins over the lower bound needs; no plan can be held to 6 % of 5. In all, they are within 1 % of
-    the bound for every kind of lengths (2 % when bimodal, where the bound itself is loose); 19 plans of 20 attain it."""
-    attained = []
+    """Guards passes that are not needed. No plan has more micro-batches than it takes to share out a packing of 6 %
+    more bins than the lower bound, or of one more: below 17 bins nobody can promise 6 %. With every kind of lengths
+    their sum is under 1 % over the bound's; 19 plans of 20 attain it, and 49 of 50 are 6 % over it at most."""
+    excess = []
     for name, plans in planned.items():
         counts = []
         for p in plans:
@@ -136,27 +136,76 @@ def test_no_more_microbatches_than_needed(planned):
             assert -(-bins // p.ranks) <= rounds <= -(-max(bins + 1, int(1.06 * bins)) // p.ranks), (name, bins, rounds)
             counts.append((rounds, -(-bins // p.ranks)))
         found, least = map(sum, zip(*counts))
-        attained += [rounds == needed for rounds, needed in counts]
+        excess += [rounds / needed - 1 for rounds, needed in counts]
         share = statistics.mean(rounds == needed for rounds, needed in counts)
         print(f"{name:10}: {found / least - 1:.2%} over the bound in all, {share:.1%} of the plans attain it")
-        assert found / least - 1 < (0.02 if name == "bimodal" else 0.01), name
-    print(f"all: {statistics.mean(attained):.2%} attain it")
-    assert statistics.mean(attained) > 0.95
+        assert found / least - 1 < 0.01, name
+    attained, within = (statistics.mean(x <= limit for x in excess) for limit in (0, 0.06))
+    print(f"all: {attained:.2%} attain it, {within:.2%} are within 6 %")
+    assert attained > 19 / 20 and within > 49 / 50
 
 
 def test_ranks_do_not_wait_for_each_other(planned):
-    """Guards an uneven share of the work: where there are 8 sequences a rank or more, the busiest rank has under 5 % more
-    than the mean, and ranks that meet in every micro-batch (FSDP gathers there) lose under 5 %, at the median of all
-    batches and of every kind of lengths but one: a single giant keeps a rank busy while the others run out of tokens.
-    Against what no plan avoids, 19 batches of 20 lose under 5 %, those with a giant, too."""
+    """Guards an uneven share of the work: with 8 sequences a rank or more, the busiest rank has under 5 % more than the
+    mean, and ranks that meet in every micro-batch (FSDP gathers there) lose under 5 %, at the median of all batches and
+    of every kind of lengths but one: the rank with a single giant works while the others run out of tokens. Of what a
+    plan can avoid (at most: what is over a lower bound) they lose under 5 % in 15 batches of 16, a giant or not."""
     large = {name: [p for p in ps if p.ranks > 1 and len(p.lengths) >= 8 * p.ranks] for name, ps in planned.items()}
-    beyond = []
     for name, plans in (large | {"all": sum(large.values(), [])}).items():
         total, waiting = (statistics.median(getattr(p, field) for p in plans) for field in ("total", "waiting"))
         beyond = [(1 + p.waiting) / (1 + p.inevitable) - 1 for p in plans]
-        tail = statistics.quantiles(beyond, n=20)[-1]
-        print(f"{name:10}: medians {total:.2%} total, {waiting:.2%} waiting, {statistics.median(beyond):.2%} of it avoidable"
-              f", 95th percentile {tail:.2%}; {statistics.mean(p.waiting > 0.05 for p in plans):.1%} wait over 5 %")
+        avoided = statistics.mean(excess < 0.05 for excess in beyond)
+        under = statistics.mean(p.waiting < 0.05 for p in plans)
+        print(f"{name:10}: medians {total:.2%} total, {waiting:.2%} waiting, {statistics.median(beyond):.2%} over the"
+              f" bound; under 5 %: {under:.1%}, over the bound {avoided:.1%}")
         assert min(beyond) > -1e-9, "the bound is none"
         assert statistics.median(beyond) < 0.05
-        assert total <= waiting < 0.05 or name == "giant"
+        assert name == "giant" or total <= waiting < 0.05
+    assert avoided > 15 / 16
+
+
+def test_ranks_end_together(planned):
+    """Guards rank 0 that gets the dearest micro-batch every time: its excess would add up."""
+    several = [p for p in sum(planned.values(), []) if p.ranks > 1 and len(p.plan[0]) > 4]
+    assert statistics.median(p.total for p in several) < statistics.median(p.waiting for p in several) / 2
+
+
+def test_summary_tells_what_a_plan_costs(planned):
+    """Guards perf/*: the numbers by which a budget is chosen, against the plan itself."""
+    for p in sum(planned.values(), [])[::50]:
+        summary = data.plan_summary(p.lengths, p.budget, p.ranks)
+        assert summary["perf/rank_imbalance"] == pytest.approx(p.waiting, abs=1e-9)
+        assert summary["perf/microbatches"] == len(p.plan[0])
+        used = statistics.mean(sum(p.lengths[i] for i in bin) / p.budget for rank in p.plan for bin in rank)
+        assert summary["perf/pack_fill"] == pytest.approx(used)
+
+
+@pytest.mark.parametrize("draw", LENGTHS)
+def test_planning_is_quick(draw):
+    """Guards a search in the plan: every rank makes one a few times a step. 1,024 sequences take 10 to 60 ms."""
+    lengths, times = draw(random.Random(0), 1024), []
+    for _ in range(3):
+        begun = time.process_time()
+        data.plan_microbatches(lengths, 18_000, 8)
+        times.append(time.process_time() - begun)
+    print(f"{min(times) * 1000:.0f} ms")
+    assert min(times) < 0.2
+
+
+@given(st.lists(st.integers(0, 12), max_size=40), st.integers(12, 36), st.integers(1, 6))  # so that bins get full
+def test_plan_keeps_its_promises(lengths, budget, ranks):
+    """Guards the same promises in the corners: no sequences, empty ones, fewer than ranks; and chance in a plan, which
+    every rank must find alike."""
+    plan = data.plan_microbatches(lengths, budget, ranks)
+    assert len(plan) == ranks and len({len(rank) for rank in plan}) == 1 and plan[0]
+    chosen = [i for rank in plan for microbatch in rank for i in microbatch]
+    assert Counter(chosen) == Counter(range(len(lengths)))
+    assert all(sum(lengths[i] for i in microbatch) <= budget for rank in plan for microbatch in rank)
+    assert plan == data.plan_microbatches(list(lengths), budget, ranks)
+
+
+def test_plan_refuses_what_does_not_fit():
+    """Guards a sequence over the budget that is dropped in silence, or run and out of memory."""
+    assert data.plan_microbatches([300, 10], 300) == [[[0], [1]]]
+    with pytest.raises(ValueError, match="301 tokens.*300.*max_tokens_per_microbatch"):
+        data.plan_microbatches([10, 301], 300)
