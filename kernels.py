@@ -591,7 +591,7 @@ def apply_liger(model_type: str) -> str:
     """Patches RMSNorm and SwiGLU of one architecture, before its models are made; RoPE stays off, as in the original
     run. Says what was done. Liger's own fused cross entropy only acts when labels are passed, so never in PPO:
     token_logprobs is what it promised."""
-    if not torch.cuda.is_available():
+    if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
         return "off (Triton kernels need a GPU)"
     if not importlib.util.find_spec("liger_kernel"):
         return "off (liger-kernel is not installed)"
