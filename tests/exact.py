@@ -1,0 +1,280 @@
+"""The plain way to train, and every way that kernels.py has to do the same; tests/test_exact.py compares them.
+
+    python -m torch.distributed.run --standalone --nproc_per_node N tests/exact.py FOLDER    the ways of N ranks
+    TRITON_INTERPRET=1 python tests/exact.py FOLDER                                          Liger's patches
+
+Both want the folder of `make_folders` and leave their numbers in it, a file for each rank.
+"""
+import os
+import random
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import ppo  # noqa: E402, I001  (first: the guard for the name `kernels`)
+
+import torch  # noqa: E402
+from torch import Tensor  # noqa: E402
+from torch.distributed.tensor import DTensor  # noqa: E402
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForTokenClassification  # noqa: E402
+
+import kernels  # noqa: E402
+import rollout  # noqa: E402
+
+LOADERS = {"policy": AutoModelForCausalLM, "critic": AutoModelForTokenClassification}
+# 4 heads for 2 kv heads: with sp 4 ranks outnumber the kv heads. No size of a first dimension but the heads' is a
+# multiple of 4, so shards are uneven; Qwen3's heads are wider than hidden size / heads.
+SIZES = {"vocab_size": 61, "hidden_size": 40, "intermediate_size": 54, "num_hidden_layers": 2, "num_labels": 1,
+         "num_attention_heads": 4, "num_key_value_heads": 2, "bos_token_id": None, "eos_token_id": None}  # fmt: skip
+CASES = {
+    "qwen2-tied-policy": {"tie_word_embeddings": True},
+    "qwen2-untied-policy": {"tie_word_embeddings": False},
+    "qwen2-critic": {},
+    "qwen3-tied-policy": {"tie_word_embeddings": True, "head_dim": 16},
+    "qwen3-critic": {"head_dim": 16},
+    "llama-untied-policy": {"tie_word_embeddings": False},
+    "llama-critic": {},
+}
+TEMPERATURE = 0.7
+
+
+def make_folders(root: Path, cases: dict[str, dict] = CASES) -> None:
+    """Every parameter is far from where models start: norms not at 1, biases and value head not at 0."""
+    for seed, (case, changed) in enumerate(cases.items()):
+        noise = torch.Generator().manual_seed(seed)
+        config = AutoConfig.for_model(case.split("-")[0], **SIZES, **changed)
+        model = LOADERS[case.split("-")[-1]].from_config(config)
+        with torch.no_grad():
+            for p in model.parameters():
+                p.mul_(0.1 if p.dim() == 2 else 1.0).add_(0.2 * torch.randn(p.shape, generator=noise))
+        model.save_pretrained(root / case)
+
+
+# ---------------------------------------------------------------------------------------------------- what is trained
+
+PROMPTS = [1, 1, 5, 9, 3, 12, 7]
+LENGTHS = [2, 2, 20, 25, 26, 25, 37]  # two of the shortest there are, and a long one
+BUDGET = 40  # tokens of a packed row, whatever the number of ranks that share it
+UPDATES = [[0, 1, 2, 3, 4, 5, 6], [3, 4, 5]]  # no two of the second fit in one row: two or four rows leave one empty
+# Adam divides the gradient by its own size: with the usual eps the first step is lr * sign(gradient), so a rounding
+# error in an entry near 0 becomes 2 * lr, and an lr that keeps this below 1e-5 hides every other fault as well. With
+# eps at the size of the gradient a step is smooth in it: an error of 1e-7 moves a weight by 1e-6 at most.
+ADAM = {"betas": (0.9, 0.95), "weight_decay": 0.0, "eps": 1e-3}
+LRS, MAX_NORM = [1e-2, 5e-3], 0.5
+
+
+def make_batch() -> rollout.Rollout:
+    rng = random.Random(0)
+    tokens = [[rng.randrange(SIZES["vocab_size"]) for _ in range(n)] for n in LENGTHS]
+    samples = [rollout.Sample(ids[p:], [0.0] * len(ids[p:]), True) for ids, p in zip(tokens, PROMPTS)]
+    batch = rollout.collate([ids[:p] for ids, p in zip(tokens, PROMPTS)], samples)
+    batch.mask[2] = False  # a sample whose reward failed on our side: it is fed, and nothing of it counts
+    return batch
+
+
+def make_loss(batch: rollout.Rollout, case: str):
+    """(outputs, index) -> loss of each token: all of them different, in log-prob and entropy, or in the value."""
+    noise = torch.Generator().manual_seed(7)
+    a, b = torch.randn(2, batch.mask.numel(), generator=noise)
+    if "critic" in case:
+        return lambda outputs, index: 0.5 * (outputs[0] - a[index]) ** 2
+    return lambda outputs, index: a[index] * outputs[0] - 0.3 * (1 + b[index]) * outputs[1]
+
+
+class Result(NamedTuple):
+    outputs: list[Tensor]  # (B, T) each: before training, then in each update, log-probs and entropies, or values
+    gradients: list[dict[str, Tensor]]  # of each update, before clipping
+    norms: list[float]
+    weights: list[dict[str, Tensor]]  # after each update
+
+
+# ------------------------------------------------------------------------------------------------------- the plain way
+
+
+def plain(root: Path, case: str) -> Result:
+    """transformers and torch alone: one sequence at a time, nothing packed, padded, sharded or patched."""
+    config = AutoConfig.from_pretrained(root / case)
+    options = {"config": config, "dtype": torch.float32, "attn_implementation": "sdpa"}
+    model = LOADERS[case.split("-")[-1]].from_pretrained(root / case, **options).eval()
+    optimizer = torch.optim.AdamW(model.parameters(), **ADAM)
+    batch, result = make_batch(), Result([], [], [], [])
+    loss, width = make_loss(batch, case), batch.ids.shape[1]
+
+    def forward(b: int) -> list[Tensor]:
+        """What the model says of the tokens 1.. of one sequence."""
+        out = model(input_ids=batch.ids[b : b + 1, : LENGTHS[b]]).logits[0, :-1]
+        if "critic" in case:
+            return [out[:, 0]]
+        logp = torch.log_softmax(out / TEMPERATURE, -1)
+        return [logp.gather(-1, batch.ids[b, 1 : LENGTHS[b], None])[:, 0], -(logp.exp() * logp).sum(-1)]
+
+    def collect(rows: list[int], backward: bool) -> None:
+        found = torch.zeros(1 if "critic" in case else 2, *batch.mask.shape)
+        for b in rows:
+            outputs, chosen = forward(b), batch.mask[b, 1 : LENGTHS[b]]
+            index = b * width + 1 + chosen.nonzero()[:, 0]
+            outputs = [x[chosen] for x in outputs]
+            found.view(len(found), -1)[:, index] = torch.stack(outputs).detach()
+            if backward:
+                (loss(outputs, index).sum() / batch.mask[rows].sum()).backward()
+        result.outputs.extend(found)
+
+    with torch.no_grad():
+        collect(UPDATES[0], backward=False)
+    for rows, lr in zip(UPDATES, LRS):
+        collect(rows, backward=True)
+        result.gradients.append({name: p.grad.clone() for name, p in model.named_parameters()})
+        result.norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_NORM).item())
+        optimizer.param_groups[0]["lr"] = lr
+        optimizer.step()
+        optimizer.zero_grad()
+        result.weights.append({name: p.detach().clone() for name, p in model.named_parameters()})
+    return result
+
+
+# --------------------------------------------------------------------------------------------------- all the other ways
+
+
+class Way(NamedTuple):
+    name: str
+    world: int
+    sp: int = 1
+    replicas: int = 1
+    checkpointing: bool = False
+    offload: bool = False
+    fused: bool = False
+
+
+WAYS = [
+    Way("varlen", 1),
+    Way("checkpointing", 1, checkpointing=True),
+    Way("fused", 1, fused=True),
+    Way("fsdp-2", 2),
+    Way("sp-2-of-2", 2, sp=2),
+    Way("offload-2", 2, offload=True),
+    Way("fsdp-4", 4),
+    Way("sp-2-of-4", 4, sp=2),
+    Way("sp-4-of-4", 4, sp=4),
+    Way("hsdp-2x2", 4, replicas=2),
+    Way("everything", 4, sp=2, replicas=2, checkpointing=True, offload=True),
+]
+
+
+def run(root: Path, way: Way, case: str, accelerator, ranks: kernels.Ranks) -> Result:
+    """The functions of kernels.py in the order of ppo.train: a forward of the whole batch without gradient, then
+    updates; new weights are gathered after each."""
+    kernels.setup(case.split("-")[0], liger=False, progress=False, bf16=False)
+    kernels.LogprobHead.fused = way.fused
+    load = kernels.load_critic if "critic" in case else kernels.load_policy
+    model = load(str(root / case), accelerator, way.checkpointing, offload=way.offload)
+    optimizer = torch.optim.AdamW(model.parameters(), **ADAM)
+    batch, result = make_batch(), Result([], [], [], [])
+    loss, args = make_loss(batch, case), SimpleNamespace(max_tokens_per_microbatch=BUDGET // ranks.sp)
+
+    def forward(p: kernels.Packed) -> list[Tensor]:
+        if "critic" in case:
+            return [kernels.critic_forward(model, p, ranks.sp_group)]
+        return list(kernels.policy_forward(model, p, TEMPERATURE, ranks.sp_group))
+
+    def collect(rows: list[int], backward: bool) -> None:
+        micro, parts = ppo.microbatches(batch, rows, args, ranks), []
+        for p in micro:
+            outputs = forward(p)
+            if backward:
+                (loss(outputs, p.index).sum() * (ranks.world / batch.mask[rows].sum())).backward()
+            parts.append([(p.index, x) for x in outputs])
+        result.outputs.extend(kernels.unpack(list(part), batch.mask, ranks) for part in zip(*parts))
+
+    with torch.no_grad():
+        collect(UPDATES[0], backward=False)
+    for rows, lr in zip(UPDATES, LRS):
+        collect(rows, backward=True)
+        gradients = {name: p.grad for name, p in model.named_parameters()}
+        gradients = {name: g.full_tensor() if isinstance(g, DTensor) else g.clone() for name, g in gradients.items()}
+        result.gradients.append(gradients)
+        result.norms.append(kernels.optimizer_step(model, optimizer, lr, MAX_NORM, batch, root / "bad.pt").item())
+        result.weights.append({name: p.clone() for name, p in kernels.full_weights(model, torch.float32)})
+    kernels.LogprobHead.fused = False
+    return result
+
+
+def run_ways(root: Path, world: int, cases=CASES) -> dict[tuple[str, str], Result]:
+    """This rank's results of all ways that need `world` ranks."""
+    from accelerate.state import AcceleratorState
+
+    results = {}
+    for way, case in [(way, case) for way in WAYS if way.world == world for case in cases]:
+        AcceleratorState._reset_state(reset_partial_state=True)  # it remembers the last architecture's layers
+        accelerator, ranks = kernels.start_ranks(False, way.sp, way.replicas)
+        results[way.name, case] = run(root, way, case, accelerator, ranks)
+    return results
+
+
+# --------------------------------------------------------------------------------------------------------------- Liger
+
+
+class Patched(NamedTuple):
+    said: str  # by kernels.apply_liger
+    classes: list[str]  # of the model's modules
+    logits: list[Tensor]  # unpatched, patched
+    gradients: list[dict[str, Tensor]]
+
+
+def run_liger(root: Path, case: str) -> Patched:
+    """Two short sequences, one at a time through the plain model, then packed in one row through the patched one."""
+    ids, lengths = torch.randint(SIZES["vocab_size"], (2, 9), generator=torch.Generator().manual_seed(3)), [5, 9]
+    p = kernels.pack(ids, torch.ones_like(ids, dtype=torch.bool), lengths, [0, 1])
+    weights = torch.randn(p.ids.shape[1], SIZES["vocab_size"], generator=torch.Generator().manual_seed(4))
+
+    def finish(model, logits: Tensor) -> None:
+        (logits * weights).sum().backward()
+        result.logits.append(logits.detach())
+        result.gradients.append({name: x.grad for name, x in model.named_parameters()})
+
+    result = Patched("", [], [], [])
+    model = AutoModelForCausalLM.from_pretrained(root / case, dtype=torch.float32, attn_implementation="sdpa").eval()
+    alone = [model(input_ids=row[None, : n - 1]).logits[0] for row, n in zip(ids, lengths)]
+    finish(model, torch.cat(alone))
+    result.classes.extend(type(module).__name__ for module in model.modules())
+    assert not any("Liger" in name for name in result.classes)
+    result.classes.clear()
+
+    said = kernels.setup(case.split("-")[0], liger=True, progress=False, bf16=False)["Liger"]
+    model = kernels.load_policy(str(root / case), kernels.start_ranks(False, 1)[0], checkpointing=False)
+    finish(model, kernels.packed_forward(model, p, None))
+    result.classes.extend(type(module).__name__ for module in model.modules())
+    return result._replace(said=said)
+
+
+def complete_the_interpreter() -> None:
+    """Triton's interpreter leaves float arguments of a kernel as Python's, without the methods that Liger calls on
+    them, and knows no libdevice.rsqrt."""
+    import liger_kernel.ops.rms_norm
+    import numpy as np
+    import triton.language as tl
+    import triton.runtime.interpreter as interpreter
+
+    convert = interpreter._implicit_cvt
+
+    def with_floats(x):
+        if not isinstance(x, float):
+            return convert(x)
+        return tl.tensor(interpreter.TensorHandle(np.array([x], dtype=np.float32), tl.float32), tl.float32)
+
+    interpreter._implicit_cvt = with_floats
+    liger_kernel.ops.rms_norm.rsqrt = lambda x: tl.math.rsqrt(x)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    root = Path(sys.argv[1])
+    if "RANK" in os.environ:
+        rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        torch.save({key: tuple(x) for key, x in run_ways(root, world).items()}, root / f"{world}-{rank}.pt")
+        torch.distributed.destroy_process_group()
+    else:
+        complete_the_interpreter()
+        cases = [case for case in CASES if case in ("qwen2-tied-policy", "qwen3-tied-policy", "llama-untied-policy")]
+        torch.save({case: tuple(run_liger(root, case)) for case in cases}, root / "liger.pt")
