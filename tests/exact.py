@@ -17,6 +17,7 @@ import ppo  # noqa: E402, I001  (first: the guard for the name `kernels`)
 
 import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule  # noqa: E402
 from torch.distributed.tensor import DTensor  # noqa: E402
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForTokenClassification  # noqa: E402
 
@@ -33,10 +34,10 @@ CASES = {
     "qwen2-untied-policy": {"tie_word_embeddings": False},
     "qwen2-critic": {},
     "qwen3-tied-policy": {"tie_word_embeddings": True, "head_dim": 16},
-    "qwen3-critic": {"head_dim": 16},
     "llama-untied-policy": {"tie_word_embeddings": False},
     "llama-critic": {},
 }
+ARCHITECTURES = ["qwen2-tied-policy", "qwen3-tied-policy", "llama-untied-policy"]
 TEMPERATURE = 0.7
 
 
@@ -87,7 +88,8 @@ class Result(NamedTuple):
     outputs: list[Tensor]  # (B, T) each: before training, then in each update, log-probs and entropies, or values
     gradients: list[dict[str, Tensor]]  # of each update, before clipping
     norms: list[float]
-    weights: list[dict[str, Tensor]]  # after each update
+    weights: dict[str, Tensor]  # after all updates
+    made: dict  # what the way has really switched on
 
 
 # ------------------------------------------------------------------------------------------------------- the plain way
@@ -99,7 +101,7 @@ def plain(root: Path, case: str) -> Result:
     options = {"config": config, "dtype": torch.float32, "attn_implementation": "sdpa"}
     model = LOADERS[case.split("-")[-1]].from_pretrained(root / case, **options).eval()
     optimizer = torch.optim.AdamW(model.parameters(), **ADAM)
-    batch, result = make_batch(), Result([], [], [], [])
+    batch, result = make_batch(), Result([], [], [], {}, {})
     loss, width = make_loss(batch, case), batch.ids.shape[1]
 
     def forward(b: int) -> list[Tensor]:
@@ -130,8 +132,7 @@ def plain(root: Path, case: str) -> Result:
         optimizer.param_groups[0]["lr"] = lr
         optimizer.step()
         optimizer.zero_grad()
-        result.weights.append({name: p.detach().clone() for name, p in model.named_parameters()})
-    return result
+    return result._replace(weights={name: p.detach() for name, p in model.named_parameters()})
 
 
 # --------------------------------------------------------------------------------------------------- all the other ways
@@ -163,14 +164,14 @@ WAYS = [
 
 
 def run(root: Path, way: Way, case: str, accelerator, ranks: kernels.Ranks) -> Result:
-    """The functions of kernels.py in the order of ppo.train: a forward of the whole batch without gradient, then
-    updates; new weights are gathered after each."""
+    """The functions of kernels.py in the order of ppo.train: a forward of the whole batch without gradient, the
+    updates, and the new weights for the engine."""
     kernels.setup(case.split("-")[0], liger=False, progress=False, bf16=False)
     kernels.LogprobHead.fused = way.fused
     load = kernels.load_critic if "critic" in case else kernels.load_policy
     model = load(str(root / case), accelerator, way.checkpointing, offload=way.offload)
     optimizer = torch.optim.AdamW(model.parameters(), **ADAM)
-    batch, result = make_batch(), Result([], [], [], [])
+    batch, result = make_batch(), Result([], [], [], {}, {})
     loss, args = make_loss(batch, case), SimpleNamespace(max_tokens_per_microbatch=BUDGET // ranks.sp)
 
     def forward(p: kernels.Packed) -> list[Tensor]:
@@ -195,9 +196,15 @@ def run(root: Path, way: Way, case: str, accelerator, ranks: kernels.Ranks) -> R
         gradients = {name: g.full_tensor() if isinstance(g, DTensor) else g.clone() for name, g in gradients.items()}
         result.gradients.append(gradients)
         result.norms.append(kernels.optimizer_step(model, optimizer, lr, MAX_NORM, batch, root / "bad.pt").item())
-        result.weights.append({name: p.clone() for name, p in kernels.full_weights(model, torch.float32)})
     kernels.LogprobHead.fused = False
-    return result
+    p, row = next(model.parameters()), ppo.microbatches(batch, UPDATES[0], args, ranks)[0]
+    result.made["mesh"] = tuple(p.device_mesh.shape) if isinstance(p, DTensor) else ()
+    result.made["slices"] = row.cu_seqlens[-1].item() // row.ids.numel()
+    result.made["checkpointing"] = model.is_gradient_checkpointing
+    units = [m for m in model.modules() if isinstance(m, FSDPModule) and m._get_fsdp_state()._fsdp_param_group]
+    policies = [unit._get_fsdp_state()._fsdp_param_group.offload_policy for unit in units]
+    result.made["offload"] = {isinstance(policy, CPUOffloadPolicy) for policy in policies} or {False}
+    return result._replace(weights=dict(kernels.full_weights(model, torch.float32)))
 
 
 def run_ways(root: Path, world: int, cases=CASES) -> dict[tuple[str, str], Result]:
@@ -276,5 +283,4 @@ if __name__ == "__main__":
         torch.distributed.destroy_process_group()
     else:
         complete_the_interpreter()
-        cases = [case for case in CASES if case in ("qwen2-tied-policy", "qwen3-tied-policy", "llama-untied-policy")]
-        torch.save({case: tuple(run_liger(root, case)) for case in cases}, root / "liger.pt")
+        torch.save({case: tuple(run_liger(root, case)) for case in ARCHITECTURES}, root / "liger.pt")

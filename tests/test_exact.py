@@ -1,0 +1,238 @@
+"""Every way to train equals the plain one, and sequences of a packed row do not know of each other."""
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import exact
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+from transformers.utils import is_flash_attn_2_available
+
+import data
+import kernels
+
+# ------------------------------------------------------------------------------------------ every way is the plain one
+
+
+def program(folder: Path, ranks: int = 0, **env: str) -> None:
+    """tests/exact.py in its own processes."""
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)] if ranks else []
+    command = [sys.executable, *launch, exact.__file__, str(folder)]
+    done = subprocess.run(command, env=os.environ | env, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr[-5000:]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("exact")
+    exact.make_folders(root)
+    return root
+
+
+@pytest.fixture(scope="module")
+def expected(folders) -> dict[str, exact.Result]:
+    return {case: exact.plain(folders, case) for case in exact.CASES}
+
+
+@pytest.fixture(scope="module")
+def found(folders) -> list[dict[tuple[str, str], exact.Result]]:
+    """What each rank of each launch has found."""
+    results = [exact.run_ways(folders, 1)]
+    for ranks in (2, 4):
+        program(folders, ranks)
+        results += [torch.load(folders / f"{ranks}-{rank}.pt") for rank in range(ranks)]
+    return [{key: exact.Result(*value) for key, value in rank.items()} for rank in results]
+
+
+def pairs(found: list, expected: dict, way: exact.Way) -> list[tuple[str, exact.Result, exact.Result]]:
+    """(architecture and model, a rank's result, the plain result); replicas and shards may not differ either."""
+    all_of_it = [(case, rank[way.name, case], expected[case]) for rank in found for case in expected if
+                 (way.name, case) in rank]  # fmt: skip
+    assert len(all_of_it) == way.world * len(exact.CASES)
+    return all_of_it
+
+
+def furthest(got: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> tuple[float, str]:
+    """The greatest relative error of a tensor, in norms, and which one it is."""
+    assert got.keys() == wanted.keys()
+    return max(((got[name] - wanted[name]).norm().item() / wanted[name].norm().item(), name) for name in wanted)
+
+
+every_way = pytest.mark.parametrize("way", exact.WAYS, ids=lambda way: way.name)
+
+
+def test_the_comparison_is_a_hard_one(expected):
+    """Guards the tests below: ranks that always have work, one micro-batch, a clip that is never active, weights that
+    hardly move or models that care for no other token would let most faults through."""
+    fed = [n - 1 for n in exact.LENGTHS]
+    plans = {rows: data.plan_microbatches(fed, exact.BUDGET, rows) for rows in (1, 2, 4)}
+    assert all(len(plan[0]) > 1 for plan in plans.values())
+    last = [fed[b] for b in exact.UPDATES[1]]
+    assert all([] in sum(data.plan_microbatches(last, exact.BUDGET, rows), []) for rows in (2, 4))
+    assert min(exact.LENGTHS) == 2
+    for case, plain in expected.items():
+        assert min(plain.norms) > 4 * exact.MAX_NORM, case
+        assert all((gradient.norm() > 1e-3).all() for update in plain.gradients for gradient in update.values()), case
+
+
+@every_way
+def test_a_way_is_what_its_name_says(found, expected, way):
+    """Guards a flag that is ignored: every comparison below would then hold, and mean nothing."""
+    shape = (way.replicas, way.world // way.replicas)
+    mesh = shape if way.replicas > 1 else shape[1:] if way.world > 1 else ()
+    wanted = {"mesh": mesh, "slices": way.sp, "checkpointing": way.checkpointing, "offload": {way.offload}}
+    for case, got, _ in pairs(found, expected, way):
+        assert got.made == wanted, case
+
+
+@every_way
+def test_outputs_are_those_of_plain_models(found, expected, way):
+    """Guards log-probs, entropies and values, before and after an update: sequences that see each other, slots and
+    targets on the wrong rank, a temperature lost, weights that are stale after a step."""
+    for case, got, plain in pairs(found, expected, way):
+        for x, y in zip(got.outputs, plain.outputs, strict=True):
+            assert (x - y).abs().max() < 1e-5, case
+
+
+@every_way
+def test_gradients_are_those_of_plain_models(found, expected, way):
+    """Guards sums over ranks, micro-batches and replicas: a mean instead, a part counted twice, a tied embedding that
+    misses its second half, layers that are recomputed with other inputs."""
+    for case, got, plain in pairs(found, expected, way):
+        for x, y in zip(got.gradients, plain.gradients, strict=True):
+            worst, name = furthest(x, y)
+            assert worst < 1e-4, (case, name)
+
+
+@every_way
+def test_new_weights_are_those_of_plain_models(found, expected, way):
+    """Guards the step: a clip with one rank's norm, a rate that is not set, gradients left over from the last update,
+    replicas that drift apart, a weight lost on its way to the engine."""
+    for case, got, plain in pairs(found, expected, way):
+        assert torch.allclose(torch.tensor(got.norms), torch.tensor(plain.norms), rtol=1e-5), case
+        assert got.weights.keys() == plain.weights.keys()
+        for name, weight in plain.weights.items():
+            assert (got.weights[name] - weight).abs().max() < 1e-5, (case, name)
+
+
+# ------------------------------------------------------------------------------------------------------ Liger's patches
+
+
+@pytest.fixture(scope="module")
+def liger(folders) -> dict[str, exact.Patched]:
+    program(folders, TRITON_INTERPRET="1")
+    return {case: exact.Patched(*value) for case, value in torch.load(folders / "liger.pt").items()}
+
+
+@pytest.mark.parametrize("case", exact.ARCHITECTURES)
+def test_ligers_layers_are_the_plain_ones(liger, case):
+    """Guards norms and MLPs that differ from the model's own (another epsilon, a rounding, a gradient), in Triton's
+    interpreter, and a patch that does nothing."""
+    patched = liger[case]
+    layers = exact.SIZES["num_hidden_layers"]
+    assert patched.said == "RMSNorm, SwiGLU"
+    norms = (4 if "qwen3" in case else 2) * layers + 1  # Qwen3 has them on queries and keys as well
+    assert patched.classes.count("LigerRMSNorm") == norms and patched.classes.count("LigerSwiGLUMLP") == layers
+    assert not any(name.endswith(("RMSNorm", "MLP")) and "Liger" not in name for name in patched.classes)
+    assert (patched.logits[1] - patched.logits[0]).abs().max() < 1e-5
+    assert furthest(*patched.gradients)[0] < 1e-4
+
+
+# ------------------------------------------------------------------------------------- sequences of one row are strangers
+
+SEQUENCES = [9, 2, 17, 4]  # their lengths
+
+
+def load(folder: Path, attention: str, training: bool):
+    if attention == "flash_attention_2" and not is_flash_attn_2_available():
+        pytest.skip("the package flash_attn is not installed, or finds no GPU")
+    kernels.setup("qwen2", liger=False, progress=False, bf16=False)
+    accelerator = kernels.start_ranks(bf16=False, sp=1)[0]
+    model = kernels.load_policy(str(folder), accelerator, checkpointing=False)
+    model.set_attn_implementation(attention)
+    return model.train(training)
+
+
+def make_ids(changed: int | None = None) -> torch.Tensor:
+    """The same ids every time, but for those of one sequence, which are all different."""
+    ids = torch.randint(1, 61, (len(SEQUENCES), max(SEQUENCES)), generator=torch.Generator().manual_seed(5))
+    if changed is not None:
+        ids[changed] = 61 - ids[changed]
+    return ids
+
+
+def outputs(model, changed: int | None = None, forward=None) -> list[torch.Tensor]:
+    """(2, tokens) log-probs and entropies of each sequence; all of them are in one row."""
+    ids = make_ids(changed)
+    p = kernels.pack(ids, torch.ones_like(ids, dtype=torch.bool), SEQUENCES, list(range(len(SEQUENCES))))
+    both = (forward or (lambda model, p: kernels.policy_forward(model, p, 0.7)))(model, p)
+    return torch.stack(list(both)).split([n - 1 for n in SEQUENCES], dim=1)
+
+
+def leak(model, forward=None) -> float:
+    """By how much a sequence's numbers move at most when another one in its row gets other tokens."""
+    worst = 0.0
+    with torch.no_grad():
+        before = outputs(model, None, forward)
+        for changed in range(len(SEQUENCES)):
+            moved = [(x - y).abs().max().item() for x, y in zip(outputs(model, changed, forward), before)]
+            assert moved.pop(changed) > 0.1
+            worst = max(worst, *moved)
+    return worst
+
+
+every_attention = pytest.mark.parametrize(
+    "attention", ["varlen", "sdpa", "eager", "flex_attention", "flash_attention_2"]
+)
+every_mode = pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+
+
+@every_mode
+@every_attention
+def test_a_sequence_does_not_move_its_neighbours(folders, attention, training):
+    """Guards attention across the boundaries in a packed row, forward: not even a rounding error may come through."""
+    for case in exact.ARCHITECTURES[:1] if attention == "flex_attention" else exact.ARCHITECTURES:  # flex compiles long
+        assert leak(load(folders / case, attention, training)) == 0.0, case
+
+
+@every_mode
+@every_attention
+def test_no_gradient_comes_from_a_neighbour(folders, attention, training):
+    """Guards attention across the boundaries in a packed row, backward: a loss on one sequence has a gradient of
+    exactly 0 at the inputs of all others, and gives the same gradients of the weights whatever the others are."""
+    if attention == "flex_attention" and not torch.cuda.is_available():
+        pytest.skip("flex_attention has no backward on CPU")
+    for case in exact.ARCHITECTURES:
+        model, inputs = load(folders / case, attention, training), []
+        embedding = model.get_input_embeddings()
+        embedding.register_forward_hook(lambda module, args, out: out.retain_grad() or inputs.append(out))
+        for own in range(len(SEQUENCES)):
+            gradients = []
+            for changed in [None, *(b for b in range(len(SEQUENCES)) if b != own)]:
+                outputs(model, changed)[own].sum().backward()
+                felt = [x.abs().max().item() for x in inputs.pop().grad[0].split([n - 1 for n in SEQUENCES])]
+                assert felt.pop(own) > 1e-3 and set(felt) == {0.0}, case
+                gradients.append([p.grad.clone() for p in model.parameters()])
+                model.zero_grad()
+            for others in gradients[1:]:
+                assert all(torch.equal(x, y) for x, y in zip(others, gradients[0])), case
+
+
+@every_mode
+@pytest.mark.parametrize("fault", ["attention_mask", "use_cache"])
+@pytest.mark.parametrize("attention, leaks", [("sdpa", True), ("eager", True), ("varlen", False)])
+def test_the_known_leak_is_noticed(folders, attention, leaks, fault, training):
+    """Guards the two tests above: with an attention mask of ones, or with the cache that is transformers' default, its
+    own attentions let packed sequences see each other. Ours knows no masks."""
+    model = load(folders / "qwen2-tied-policy", attention, training)
+    options = {"attention_mask": torch.ones(1, sum(SEQUENCES) - len(SEQUENCES), dtype=torch.long), "use_cache": False}
+
+    def forward(model, p):
+        where = {"cu_seqlens": p.cu_seqlens, "max_seqlen": p.max_seqlen, "logits_to_keep": p.keep}
+        model.lm_head.targets, model.lm_head.temperature = p.targets, 0.7
+        wrong = options if fault == "attention_mask" else {}
+        return model(input_ids=p.ids, position_ids=p.position_ids, **where, **wrong).logits[0].unbind(-1)
+
+    assert leak(model, forward) > 0.1 if leaks else leak(model, forward) == 0.0
