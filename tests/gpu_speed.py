@@ -1,0 +1,258 @@
+"""Speed and memory at real sizes, with random weights: no download. tests/gpu.py starts the parts, each under torchrun
+with one rank, so that models are sharded by FSDP2 and compute in bf16 as in training:
+
+    bench     the settings of the reference run: MFU, peak memory by phase, log-probs, sync
+    vllm      engine and trainer on one card: sleep, wake, new weights, tokens a second
+    levers    one setting changed at a time
+"""
+import math
+import random
+import statistics
+import tempfile
+
+import torch
+from gpu import ARGS, BF16, COMPILER, CUDA, HAS, attempt, check, clock, free, gb, has_liger_logprobs, kernels, liger
+from gpu import liger_logprobs, row, seconds, shaped, skip
+
+import data
+import rollout
+
+SHAPES = {
+    "1.5B": dict(hidden_size=1536, num_hidden_layers=28, num_attention_heads=12, num_key_value_heads=2, head_dim=128,
+                 intermediate_size=8960, vocab_size=151_936, tie_word_embeddings=False),  # R1-Distill-Qwen-1.5B
+    "0.5B": dict(hidden_size=896, num_hidden_layers=24, num_attention_heads=14, num_key_value_heads=2, head_dim=64,
+                 intermediate_size=4864, vocab_size=151_936, tie_word_embeddings=True),  # Qwen2.5-0.5B
+}  # fmt: skip
+BUDGET, MEDIAN, LONGEST, PROMPT, SAMPLES = 18_000, 3000, 16_384, 100, 64
+if not CUDA:
+    tiny = dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=32,
+                intermediate_size=96, vocab_size=500)  # fmt: skip
+    SHAPES = {name: tiny | {"tie_word_embeddings": name == "0.5B"} for name in SHAPES}
+    BUDGET, MEDIAN, LONGEST, PROMPT = 300, 50, 273, 10
+LEVERS = {"checkpointing": True, "liger": HAS["liger_kernel"] and COMPILER and CUDA, "attention": "varlen"}
+PEAK = {"H100": 989.4e12, "H200": 989.4e12, "A100": 312e12}  # dense bf16 on the data sheets of the SXM cards
+
+
+def workload() -> list[kernels.Packed]:
+    """64 samples of a rank, response lengths log-normal with a long tail, packed under the budget as in training."""
+    rng = random.Random(0)
+    answers = [min(LONGEST, max(1, round(rng.lognormvariate(math.log(MEDIAN), 0.8)))) for _ in range(SAMPLES)]
+    lengths = [PROMPT + n for n in answers]
+    noise = torch.Generator().manual_seed(0)
+    vocabulary, at = SHAPES["1.5B"]["vocab_size"], torch.arange(max(lengths))
+    ids = torch.randint(2, vocabulary, (SAMPLES, max(lengths)), generator=noise).to(ARGS.device)
+    mask = ((at >= PROMPT) & (at < torch.tensor(lengths)[:, None])).to(ARGS.device)
+    plan = data.plan_microbatches([n - 1 for n in lengths], BUDGET)[0]
+    return [kernels.pack(ids, mask, lengths, rows) for rows in plan]
+
+
+def flops(config, critic: bool, micro: list[kernels.Packed], backward: bool) -> float:
+    """Of the model, not of the machine: what checkpointing computes again does not count. A forward takes
+    2 x parameters of the layers x tokens + 2 x hidden x vocabulary x response tokens (policy)
+    + 2 x layers x width of q x sum of squared lengths (causal: half of QK' and PV); a backward takes twice that."""
+    q, kv = (heads * config.head_dim for heads in (config.num_attention_heads, config.num_key_value_heads))
+    layer = config.hidden_size * (2 * q + 2 * kv + 3 * config.intermediate_size)
+    tokens, answers = sum(p.ids.numel() for p in micro), sum(len(p.targets) for p in micro)
+    squares = sum((p.cu_seqlens.diff().double() ** 2).sum().item() for p in micro)
+    head = 0 if critic else 2 * config.hidden_size * config.vocab_size * answers
+    forward = 2 * config.num_hidden_layers * (layer * tokens + q * squares) + head
+    return forward * (3 if backward else 1)
+
+
+def trainee(size: str, critic: bool, accelerator, levers: dict, offload: bool = False):
+    """A model made on the card and sharded, its optimizer, its configuration."""
+    with liger("qwen2", levers["liger"]), torch.device(ARGS.device):
+        model = shaped(critic, levers["attention"], initializer_range=0.02, **SHAPES[size])
+    if not critic:
+        model.lm_head.__class__ = kernels.LogprobHead
+    config = model.config
+    model = kernels.shard(model, accelerator, levers["checkpointing"], offload)
+    return model, torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.0, fused=True), config
+
+
+def run(model, p: kernels.Packed, critic: bool, backward: bool) -> None:
+    with torch.set_grad_enabled(backward):
+        out = kernels.critic_forward(model, p) if critic else kernels.policy_forward(model, p, 1.0)[0]
+    if backward:
+        (out * torch.linspace(-1, 1, len(out), device=out.device)).mean().backward()
+
+
+def speed(size: str, critic: bool, accelerator, micro: list, peak: float, changed: dict) -> None:
+    """Measured on two micro-batches; scaled by their floating-point operations to all of the 64 samples, with one
+    AdamW step for all of them."""
+    levers, some = LEVERS | changed, micro[:2]
+    model, optimizer, config = trainee(size, critic, accelerator, levers)
+    forward_s = seconds(lambda: [run(model, p, critic, False) for p in some])
+    free()
+    passes, steps = [], []
+    for _ in range(4):  # the first warms up
+        began = clock()
+        for p in some:
+            run(model, p, critic, True)
+        passes.append(clock() - began)
+        kernels.optimizer_step(model, optimizer, 1e-6, 1.0, None, None)
+        steps.append(clock() - began - passes[-1])
+    forward, update = (flops(config, critic, micro, backward) for backward in (False, True))
+    scale = forward / flops(config, critic, some, False)
+    step_s = statistics.median(steps[1:])
+    forward_s, update_s = forward_s * scale, statistics.median(passes[1:]) * scale + step_s
+    cells = {"update MFU": update / update_s / peak, "forward MFU": forward / forward_s / peak}
+    cells |= {"update tokens/s": sum(p.ids.numel() for p in micro) / update_s, "peak GB": gb("max_memory_allocated")}
+    cells |= {"update s": update_s, "forward s": forward_s, "of it AdamW s": step_s}
+    row("speed", model=size, what="critic" if critic else "policy", **levers, **cells)
+
+
+def phases(accelerator, micro: list, title: str, naive: bool = False, offload: bool = False, **changed) -> None:
+    """Peak GB with policy and critic of 1.5B on the card. "resident": weights and AdamW's states."""
+    fast = kernels.token_logprobs, kernels.LogprobHead.fused
+    if naive:
+        kernels.token_logprobs, kernels.LogprobHead.fused = kernels.token_logprobs_ref, False
+    fullest, cells = max(micro, key=lambda p: p.ids.numel()), {}
+    try:
+        models = [trainee("1.5B", critic, accelerator, LEVERS | changed, offload) for critic in (False, True)]
+        for phase in ("warm-up", "forward", "update policy", "update critic"):
+            free()
+            began = clock()
+            for critic in {"update policy": [0], "update critic": [1]}.get(phase, [0, 1]):
+                model, optimizer, _ = models[critic]
+                run(model, fullest, bool(critic), phase != "forward")
+                if phase != "forward":
+                    kernels.optimizer_step(model, optimizer, 1e-6, 1.0, None, None)
+                kernels.reshard(model)  # a forward alone leaves the head gathered
+            cells |= {f"{phase} GB": gb("max_memory_allocated"), f"{phase} s": clock() - began}
+            if phase == "warm-up":
+                free()
+                cells = {"resident GB": gb("memory_allocated")}
+        row("memory", lever=title, **cells)
+    finally:
+        kernels.token_logprobs, kernels.LogprobHead.fused = fast
+
+
+def head(f, name: str) -> None:
+    """Forward and backward of log-prob and entropy alone."""
+    K, V, D = (18_000, 151_936, 1536) if CUDA else (300, 3001, 64)
+    hidden, weight = (torch.randn(n, D, device=ARGS.device, dtype=BF16).div_(D**0.5).requires_grad_() for n in (K, V))
+    targets = torch.randint(V, (K,), device=ARGS.device)
+
+    def both():
+        logprob, entropy = f(hidden, weight, targets, 1.0)
+        torch.autograd.grad(logprob.sum() + 0.01 * entropy.sum(), (hidden, weight))
+
+    free()
+    before = gb("memory_allocated")
+    cells = {"s": seconds(both), "peak GB": gb("max_memory_allocated") - before}
+    row("log-probs", name=name, size=f"{K} x {V} x {D}", **cells)
+
+
+def sync(accelerator) -> None:
+    """full_weights of the sharded policy in bf16, into a plain bf16 model by TorchSampler.load."""
+    policy, *_ = trainee("1.5B", False, accelerator, LEVERS)
+    sampler = rollout.TorchSampler.__new__(rollout.TorchSampler)  # without __init__, which wants a folder
+    with torch.device(ARGS.device):
+        sampler.model = shaped(False, "sdpa", **SHAPES["1.5B"]).to(BF16)
+    load_s = seconds(lambda: sampler.load(kernels.full_weights(policy, BF16)))
+    row("sync", model="1.5B", engine="TorchSampler (a plain bf16 model)", **{"load s": load_s})
+
+
+def matmul(n: int) -> float:
+    a, b = (torch.randn(n, n, device=ARGS.device, dtype=BF16) for _ in range(2))
+    return 10 * 2 * n**3 / seconds(lambda: [a @ b for _ in range(10)], 5)
+
+
+def engine(accelerator) -> None:
+    """As ppo.py does it: the engine first, asleep, then the models; wake, load, sample, sleep."""
+    answer = 512 if CUDA else 16
+    with tempfile.TemporaryDirectory() as folder:
+        with torch.device(ARGS.device):
+            shaped(False, "sdpa", initializer_range=0.02, **SHAPES["1.5B"]).to(BF16).save_pretrained(folder)
+        free()
+        began = clock()
+        sampler = rollout.make_sampler("vllm", folder, [1], max_len=PROMPT + answer, max_seqs=SAMPLES, dtype="bfloat16",
+                                       gpu_memory=0.4)  # fmt: skip
+        times = {"start s": clock() - began}
+    sampler.sleep()
+    policy, *_ = trainee("1.5B", False, accelerator, LEVERS)
+    rng = random.Random(1)
+    prompts = [[rng.randrange(2, SHAPES["1.5B"]["vocab_size"]) for _ in range(PROMPT)] for _ in range(SAMPLES)]
+    calls = {
+        "wake s": sampler.wake,
+        "load s": lambda: sampler.load(kernels.full_weights(policy, BF16)),
+        "sample s": lambda: sampler.sample(prompts, 1, answer, 1.0, 0),
+        "sleep s": sampler.sleep,
+    }
+    samples: list = []
+    for _ in range(2):  # the first time is longer; the second counts
+        for name, call in calls.items():
+            began = clock()
+            answers = call()
+            times[name] = clock() - began
+            samples = answers or samples
+    tokens = sum(len(sample.ids) for sample in samples)
+    row("sync", model="1.5B", engine="vLLM", **times, **{"sampled tokens/s": tokens / times["sample s"]})
+    batch = rollout.collate(prompts, samples, ARGS.device)
+    plan = data.plan_microbatches([n - 1 for n in batch.lengths], BUDGET)[0]
+    micro = [kernels.pack(batch.ids, batch.mask, batch.lengths, rows) for rows in plan]
+    with torch.no_grad():
+        parts = [(p.index, kernels.policy_forward(policy, p, 1.0)[0]) for p in micro]
+    gap = (kernels.unpack(parts, batch.mask, kernels.Ranks()) - batch.sampler_logprobs).abs().sum() / batch.mask.sum()
+    check("vLLM against the trainer at 1.5B: log-probs, mean error in nats", gap.item(), 0.05)
+    sampler.close()
+
+
+def main(part: str) -> None:
+    kernels.setup("qwen2", liger=False, progress=False, bf16=True)
+    accelerator, _ = kernels.start_ranks(bf16=True, sp=1)
+    if part == "vllm":
+        return attempt("vLLM beside the trainer", engine, accelerator)
+    card = torch.cuda.get_device_name() if CUDA else "cpu"
+    known = [peak for name, peak in PEAK.items() if name in card and not {"PCIe", "NVL"} & set(card.split())]
+    measured, micro = matmul(8192 if CUDA else 256), workload()
+    peak = known[0] if known else measured
+
+    def measure(size: str, critic: bool = False, **changed) -> None:
+        title = f"speed of {size} {'critic' if critic else 'policy'} {changed or ''}"
+        attempt(title, speed, size, critic, accelerator, micro, peak, changed, measure=True)
+
+    if part == "bench":
+        gigabytes = torch.cuda.get_device_properties(0).total_memory / 2**30 if CUDA else 0.0
+        row("card", name=card, GB=gigabytes, **{"matmul TFLOP/s": measured / 1e12},
+            **{"MFU is of TFLOP/s": peak / 1e12, "from": "data sheet" if known else "matmul"})  # fmt: skip
+        tokens, answers = sum(p.ids.numel() for p in micro), sum(len(p.targets) for p in micro)
+        cells = {"micro-batches": len(micro), "tokens": tokens, "response tokens": answers}
+        row("load", samples=SAMPLES, **cells, fill=tokens / BUDGET / len(micro))
+        measure("1.5B"), measure("1.5B", critic=True)
+        attempt("sync", sync, accelerator, measure=True)
+        levers = {"as in training": {}, "no checkpointing": {"checkpointing": False}, "offload": {"offload": True}}
+        levers["naive log-probs"] = {"naive": True}
+        for title, changed in levers.items():
+            attempt(f"memory {title}", phases, accelerator, micro, title, measure=True, **changed)
+        functions = {"chunked": kernels.token_logprobs, "naive": kernels.token_logprobs_ref}
+        if why := has_liger_logprobs():
+            skip("log-probs by Liger", why)
+        else:
+            functions["Liger's scaled cross entropy"] = liger_logprobs
+        for name, f in functions.items():
+            attempt(f"log-probs, {name}", head, f, name, measure=True)
+        measure("0.5B"), measure("0.5B", critic=True)
+        return
+    measure("1.5B", checkpointing=False), measure("0.5B", checkpointing=False)
+    if LEVERS["liger"]:
+        measure("1.5B", liger=False), measure("1.5B", liger=False, checkpointing=False)
+    else:
+        skip("speed with Liger", "wants a GPU, a C compiler for Triton and liger_kernel")
+    measure("1.5B", attention="sdpa")
+    if CUDA and COMPILER:
+        measure("1.5B", attention="flex_attention")
+    else:
+        skip("speed with flex_attention", "no C compiler for Triton" if CUDA else "flex has no backward on CPU")
+    if HAS["flash_attn"] and CUDA:
+        measure("1.5B", attention="flash_attention_2")
+        kernels.HAS_FLASH_ATTN = False
+        measure("1.5B", attention="varlen")  # so far it was flash-attn's, this is torch's
+    else:
+        skip("speed with flash_attention_2", "no flash_attn package")
+    measure("1.5B", critic=True, checkpointing=False)
+
+
+if __name__ == "__main__":
+    main(ARGS.part)
