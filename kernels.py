@@ -497,50 +497,57 @@ def token_logprobs_ref(hidden: Tensor, weight: Tensor, targets: Tensor, temperat
 
 
 class _ChunkedLogprob(torch.autograd.Function):
-    """The same, a chunk of rows at a time; the backward pass computes each chunk's logits again.
+    """The same with at most `size` logits in a piece: some rows of all tokens forward, some columns of the vocabulary
+    backward, where the logits are computed again. A piece of columns is all there is of its part of weight's gradient,
+    which is written once; pieces of rows would add up V x D numbers each. Everything else is in place: passes over a
+    piece are what takes the time.
     Gradients with z = logits / temperature: d logp / dz = onehot - p,  d entropy / dz = -p (log p + entropy)."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, temperature, chunk):
+    def forward(ctx, hidden, weight, targets, temperature, size):
         wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-        logprob = torch.empty(len(hidden), dtype=wide, device=hidden.device)
-        lse, entropy = torch.empty_like(logprob), torch.empty_like(logprob)
-        for s in range(0, len(hidden), chunk):
-            rows = slice(s, s + chunk)
-            z = (hidden[rows] @ weight.T).to(wide) / temperature
-            lse[rows] = z.logsumexp(-1)
-            logprob[rows] = z.gather(-1, targets[rows, None])[:, 0] - lse[rows]
-            z = z - lse[rows, None]  # log p; lse - sum(p z) would cancel where p is peaked
-            entropy[rows] = -(z.exp() * z).sum(-1)
+        logprob, lse, entropy = (torch.empty(len(hidden), dtype=wide, device=hidden.device) for _ in range(3))
+        step = max(1, size // len(weight))
+        for s in range(0, len(hidden), step):
+            rows, target = slice(s, s + step), targets[s : s + step, None]
+            z = (hidden[rows] @ weight.T).to(wide).div_(temperature)
+            logp = z.log_softmax(-1)  # lse - sum(p z) would cancel where p is peaked
+            logprob[rows] = logp.gather(-1, target)[:, 0]
+            lse[rows] = z.gather(-1, target)[:, 0] - logprob[rows]
+            entropy[rows] = -torch.exp(logp, out=z).mul_(logp).sum(-1)
         ctx.save_for_backward(hidden, weight, targets, lse, entropy)
-        ctx.args = temperature, chunk
+        ctx.args = temperature, size
         return logprob, entropy
 
     @staticmethod
     def backward(ctx, grad_logprob, grad_entropy):
         hidden, weight, targets, lse, entropy = ctx.saved_tensors
-        temperature, chunk = ctx.args
-        grad_hidden = torch.empty_like(hidden)
-        grad_weight = torch.zeros(weight.shape, dtype=lse.dtype, device=weight.device)
-        for s in range(0, len(hidden), chunk):
-            rows = slice(s, s + chunk)
-            logp = (hidden[rows] @ weight.T).to(lse.dtype) / temperature - lse[rows, None]
-            grad = -logp.exp() * (grad_logprob[rows, None] + grad_entropy[rows, None] * (logp + entropy[rows, None]))
-            grad.scatter_add_(-1, targets[rows, None], grad_logprob[rows, None])
-            grad = (grad / temperature).to(hidden.dtype)
-            grad_hidden[rows] = grad @ weight
-            grad_weight += grad.T @ hidden[rows]
-        return grad_hidden, grad_weight.to(weight.dtype), None, None, None
+        temperature, size = ctx.args
+        a, b = grad_logprob / temperature, grad_entropy / temperature
+        grad_hidden, grad_weight = torch.zeros_like(hidden, dtype=lse.dtype), torch.empty_like(weight)
+        step = max(1, size // max(1, len(hidden)))
+        for s in range(0, len(weight), step):
+            some = weight[s : s + step]
+            grad = (hidden @ some.T).to(lse.dtype).div_(temperature).sub_(lse[:, None])  # log p
+            p = grad.exp()
+            grad.mul_(-b[:, None]).sub_((a + b * entropy)[:, None]).mul_(p)
+            here = targets - s  # a target's column; without `inside` the device would have to be waited for
+            inside = (here >= 0) & (here < len(some))
+            grad.scatter_add_(-1, here.clamp(0, len(some) - 1)[:, None], (a * inside)[:, None])
+            grad = grad.to(hidden.dtype)
+            grad_hidden += grad @ some
+            grad_weight[s : s + step] = grad.T @ hidden
+        return grad_hidden.to(hidden.dtype), grad_weight, None, None, None
 
 
 def token_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """token_logprobs_ref with no more logits alive than a few chunks of 128 MB, differentiable in hidden and weight.
-    Liger's kernel for Hopper rounds entropies, and sums of the head's gradient, to bf16."""
+    """token_logprobs_ref with no more logits alive than three pieces of 128 MB (on CPU 16 MB: near its cache, and small
+    enough for malloc to use it again), differentiable in hidden and weight. Liger's kernel for Hopper rounds entropies,
+    and sums of the head's gradient, to bf16."""
     if LIGER_LOGPROB and hidden.is_cuda and hidden.dtype == torch.bfloat16 and len(targets):
         nll, entropy = LIGER_LOGPROB(hidden, weight, targets, temperature, -100, 1, True)
         return -nll, entropy.float()
-    chunk = max(1, (128 << 20) // (4 * len(weight)))
-    return _ChunkedLogprob.apply(hidden, weight, targets, temperature, chunk)
+    return _ChunkedLogprob.apply(hidden, weight, targets, temperature, (128 if hidden.is_cuda else 16) << 18)
 
 
 class LogprobHead(nn.Linear):

@@ -66,8 +66,9 @@ def memory_items(
         always |= {f"{name} weights": 4 * s.params * here[name], f"{name} Adam states": 8 * s.params * here[name]}
     always |= {"reference weights": 4 * reference.params * here["reference"]} if reference else {}
     gathered = {"policy gathered head": c * embedding * sharded}
-    # chunks of fp32 logits: 3 in _ChunkedLogprob.forward; 4 in its backward, 5 when there was a chunk before
-    chunk, before = min(128 << 20, 4 * tokens * policy.vocab), 4 * tokens * policy.vocab >= 256 << 20
+    # pieces of fp32 logits: 3 in _ChunkedLogprob, forward and backward, 2 when one piece is all
+    piece, whole = (128 if bf16 else 16) << 20, 4 * tokens * policy.vocab
+    chunk, alive = min(piece, whole), 3 if whole > piece else 2
     canary = 3 * min(chunk, 4 * 4 * 64 * policy.vocab)  # of four answers, cut at 64 tokens
     moments = {"sampling": always | served | gathered | {"sync, canary": 2 * c * embedding * sharded + canary}}
     always |= {} if bf16 else weights
@@ -89,9 +90,9 @@ def memory_items(
         in_layer = {f"{name} layer in backward": c * tokens * (work + again)}
         # FSDP: this layer, the next, its buffer, a gradient; two fp32 gradients on their way. Autocast: bf16 copies
         in_layer[f"{name} gathered layers"] = (4 * c + 8) * s.layer if sharded else 2 * s.params * bf16
-        if name == "policy":  # the head's gradient is summed in fp32
-            head = {"log-probs, head gradient": 4 * embedding + max((4 + before) * chunk, 2 * chunk + c * embedding)}
-            moments["policy head"] = passes | gathered | head
+        if name == "policy":  # the gradient of the hidden states is summed in fp32
+            head = alive * chunk + (c + 4) * tokens * policy.hidden + c * embedding
+            moments["policy head"] = passes | gathered | {"log-probs, head gradient": head}
             in_layer |= gathered | {"head gradient on its way": c * embedding * sharded}
         moments[f"{name} layers"] = passes | in_layer
     return moments, served["KV cache"] / key_value

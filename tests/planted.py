@@ -82,9 +82,10 @@ BUGS = [
     # kernels
     Bug("attention-not-causal", "kernels.py", "is_causal=True, scale", "is_causal=False, scale", ALIGNMENT + KERNELS),
     Bug("attention-scale", "kernels.py", "is_causal=True, scale=scale,", "is_causal=True,", KERNELS),
-    Bug("temperature-missing-in-backward", "kernels.py", "grad = (grad / temperature).to", "grad = grad.to", KERNELS),
-    Bug("entropy-gradient", "kernels.py", "(logp + entropy[rows, None])", "(logp + 1)", KERNELS),
-    Bug("weight-gradient-of-last-chunk", "kernels.py", "grad_weight += grad.T", "grad_weight = grad.T", KERNELS),
+    Bug("temperature-missing-in-backward", "kernels.py", "a, b = grad_logprob / temperature,", "a, b = grad_logprob,", KERNELS),
+    Bug("entropy-gradient", "kernels.py", "(a + b * entropy)[:, None]", "(a + b)[:, None]", KERNELS),
+    Bug("hidden-gradient-of-last-piece", "kernels.py", "grad_hidden += grad", "grad_hidden = grad", KERNELS),
+    Bug("target-in-two-pieces", "kernels.py", "(a * inside)[:, None]", "a[:, None]", KERNELS),
     Bug("spare-slots-trained", "kernels.py", "((place >= 0) & mask.flatten()[place.clamp(min=0)])",
         "((place < 0) | mask.flatten()[place.clamp(min=0)])", KERNELS),
     Bug("all-to-all-backward", "kernels.py", "apply(grad, group, b, a)", "apply(grad, group, a, b)", KERNELS),

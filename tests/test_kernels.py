@@ -21,17 +21,18 @@ def head_inputs(K: int, D: int, V: int, dtype=torch.float32):
     return hidden, weight, torch.randint(V, (K,), generator=noise)
 
 
-@pytest.mark.parametrize("chunk", [None, 1, 5, 13, 100])
+@pytest.mark.parametrize("size", [None, 1, 40, 100, 1000])
 @pytest.mark.parametrize("temperature", [0.3, 1.0, 2.5])
 @pytest.mark.parametrize("K, D, V", [(1, 3, 5), (13, 7, 31), (33, 16, 257), (2, 1, 2)])
-def test_chunked_logprobs_are_the_reference(K, D, V, temperature, chunk):
-    """Guards a missing temperature (in the value or in the gradient alone), and rows lost at the end of a chunk."""
+def test_chunked_logprobs_are_the_reference(K, D, V, temperature, size):
+    """Guards a missing temperature (in the value or in the gradient alone), rows or columns lost at the end of a piece,
+    and targets that get their gradient in a neighbouring piece too."""
     hidden, weight, targets = head_inputs(K, D, V)
     weights = torch.linspace(-1, 2, 2 * K).view(2, K)  # of the two outputs in the loss: every gradient is another one
     results = []
     for f in (kernels.token_logprobs_ref, kernels.token_logprobs):
-        if chunk and f is kernels.token_logprobs:
-            out = kernels._ChunkedLogprob.apply(hidden, weight, targets, temperature, chunk)
+        if size and f is kernels.token_logprobs:
+            out = kernels._ChunkedLogprob.apply(hidden, weight, targets, temperature, size)
         else:
             out = f(hidden, weight, targets, temperature)
         results.append([*out, *torch.autograd.grad((torch.stack(out) * weights).sum(), (hidden, weight))])
@@ -65,7 +66,7 @@ def test_gradcheck(which):
 
 
 def test_nothing_as_large_as_the_logits_is_kept():
-    """Guards (K, V) tensors saved for the backward pass: they are what the chunks are for."""
+    """Guards (K, V) tensors saved for the backward pass: they are what the pieces are for."""
     hidden, weight, targets = head_inputs(64, 4, 100)
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x.numel()) or x, lambda x: x):

@@ -63,7 +63,7 @@ def test_numbers_by_hand():
         "reference weights": 4 * 494_032_768 / 4,
         "policy activations": 2 * 18_000 * (28 + 3) * 1536,  # bf16, a checkpoint a layer, the norm and the head
         "(B, T) tensors": 42 * 256 * 17_384,
-        "log-probs, head gradient": (4 + 2) * 151_936 * 1536 + 2 * (128 << 20),
+        "log-probs, head gradient": 3 * (128 << 20) + (2 + 4) * 18_000 * 1536 + 2 * 151_936 * 1536,
         "engine weights": 2 * policy,
         "KV cache": 0.6 * 80 * gb - 2 * policy - 16_384 * 3 * 2 * (8960 + 1536),
     }
