@@ -47,9 +47,8 @@ class Ranks(NamedTuple):
 
 def start_ranks(bf16: bool, sp: int, replicas: int = 1):
     """(Accelerator, Ranks). Under torchrun, whatever the number of processes, models are sharded by FSDP2: over nccl on
-    GPUs, over gloo on CPU; with `replicas` over world / replicas consecutive ranks only, each shard on `replicas` ranks
-    (HSDP: let a replica be a node, and only gradients cross the network). Without torchrun this is one plain process.
-    """
+    GPUs, over gloo on CPU; with `replicas` (HSDP) over world / replicas neighbours only: let these be a node, and only
+    gradients cross the network. Without torchrun this is one plain process."""
     from accelerate import Accelerator, FullyShardedDataParallelPlugin, ParallelismConfig
     from accelerate.state import PartialState
     from accelerate.utils import DistributedType, InitProcessGroupKwargs
@@ -82,9 +81,7 @@ def start_ranks(bf16: bool, sp: int, replicas: int = 1):
     return accelerator, Ranks(rank, world, rank // sp, world // sp, rank % sp, sp, group)
 
 
-def load_policy(
-    path: str, accelerator, checkpointing: bool, trained: bool = True, attention: str = "varlen", offload: bool = False
-) -> nn.Module:
+def load_policy(path: str, accelerator, checkpointing, trained=True, attention="varlen", offload=False) -> nn.Module:
     """A causal language model in fp32 for packed rows, with a LogprobHead; sharded. trained=False: a reference."""
     from transformers import AutoModelForCausalLM
 
@@ -93,9 +90,7 @@ def load_policy(
     return shard(model.requires_grad_(trained), accelerator, checkpointing and trained, offload)
 
 
-def load_critic(
-    path: str, accelerator, checkpointing: bool, attention: str = "varlen", offload: bool = False
-) -> nn.Module:
+def load_critic(path: str, accelerator, checkpointing, attention="varlen", offload=False) -> nn.Module:
     """A transformer with one number per token. A new value head starts at zero: first values are 0, not noise."""
     from transformers import AutoConfig, AutoModelForTokenClassification
 
@@ -475,8 +470,7 @@ def setup(model_type: str, liger: bool, progress: bool, bf16: bool, attention: s
     logging.set_verbosity_error()
     (logging.enable_progress_bar if progress else logging.disable_progress_bar)()
     AttentionInterface.register("varlen", packed_attention)
-    inside = "flash-attn varlen" if HAS_FLASH_ATTN else "torch varlen"
-    inside = inside if torch.cuda.is_available() else "per-sequence sdpa"
+    inside = ("torch varlen", "flash-attn varlen")[HAS_FLASH_ATTN] if torch.cuda.is_available() else "per-sequence sdpa"
     return {
         "attention": inside if attention == "varlen" else f"{attention} of transformers",
         "log-probs": find_liger_logprobs() if liger else "chunked",
@@ -497,10 +491,9 @@ def token_logprobs_ref(hidden: Tensor, weight: Tensor, targets: Tensor, temperat
 
 
 class _ChunkedLogprob(torch.autograd.Function):
-    """The same with at most `size` logits in a piece: some rows of all tokens forward, some columns of the vocabulary
-    backward, where the logits are computed again. A piece of columns is all there is of its part of weight's gradient,
-    which is written once; pieces of rows would add up V x D numbers each. Everything else is in place: passes over a
-    piece are what takes the time.
+    """The same with at most `size` logits in a piece: some rows forward; backward, where they are computed again, some
+    columns, each of which is the whole story of its row of weight's gradient (pieces of rows would add up V x D numbers
+    every time). In place where it can be: passes over a piece are what takes the time.
     Gradients with z = logits / temperature: d logp / dz = onehot - p,  d entropy / dz = -p (log p + entropy)."""
 
     @staticmethod
@@ -568,7 +561,6 @@ class LogprobHead(nn.Linear):
 
 # ------------------------------------------------------------------------------------------------------------- Liger
 
-
 LIGER_LOGPROB = None  # Liger's fused linear + scaled cross entropy, once `find_liger_logprobs` has seen it work
 
 
@@ -580,18 +572,14 @@ def find_liger_logprobs() -> str:
         return "chunked"
     hidden, weight = (torch.randn(n, 128, device="cuda").bfloat16().requires_grad_() for n in (300, 1000))
     try:
-        from liger_kernel.ops.cutedsl.ops.fused_scaled_cross_entropy_sm90 import LigerFusedScaledCrossEntropySM90Function
+        from liger_kernel.ops.cutedsl.ops import fused_scaled_cross_entropy_sm90 as sm90
 
-        LIGER_LOGPROB = LigerFusedScaledCrossEntropySM90Function.apply
+        LIGER_LOGPROB = sm90.LigerFusedScaledCrossEntropySM90Function.apply
         sum(token_logprobs(hidden, weight, torch.arange(300, device="cuda"), 1.0)).sum().backward()
         return "Liger's kernel for Hopper"
     except Exception as error:  # a missing package, a compiler, a driver: anything
         LIGER_LOGPROB = None
         return f"chunked (Liger's kernel for Hopper: {type(error).__name__}: {str(error)[:80]})"
-
-
-LIGER_MODELS = ("llama", "qwen2", "qwen3")  # and what of them is patched:
-LIGER = dict(rms_norm=True, swiglu=True, rope=False, cross_entropy=False, fused_linear_cross_entropy=False)
 
 
 def apply_liger(model_type: str) -> str:
@@ -602,9 +590,11 @@ def apply_liger(model_type: str) -> str:
         return "off (Triton kernels need a GPU)"
     if not importlib.util.find_spec("liger_kernel"):
         return "off (liger-kernel is not installed)"
-    if model_type not in LIGER_MODELS:
-        return f"off (patches are for {', '.join(LIGER_MODELS)}, not {model_type})"
+    known = ("llama", "qwen2", "qwen3")
+    if model_type not in known:
+        return f"off (patches are for {', '.join(known)}, not {model_type})"
     import liger_kernel.transformers as liger
 
-    getattr(liger, f"apply_liger_kernel_to_{model_type}")(**LIGER)
+    patch = getattr(liger, f"apply_liger_kernel_to_{model_type}")
+    patch(rope=False, cross_entropy=False, fused_linear_cross_entropy=False, rms_norm=True, swiglu=True)
     return "RMSNorm, SwiGLU"

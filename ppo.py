@@ -530,7 +530,7 @@ def memory(args: Args, ranks: int, gb: float | None, cuda: bool) -> str:
 
 def line(row: dict, args: Args, seconds_per_step: float) -> str:
     """One step for people; fixed order, so that grep works."""
-    minutes, seconds = seconds_per_step * (args.steps - row["step"]) / 60, row["time/step"]
+    minutes, mfu = seconds_per_step * (args.steps - row["step"]) / 60, row["perf/mfu"]
     clip = row.get("policy/clipfrac_low", 0.0) + row.get("policy/clipfrac_high", 0.0)
     phases = " + ".join(f"{k[5:]} {v:.1f}" for k, v in row.items() if k.startswith("time/") and k != "time/step")
     return (
@@ -538,7 +538,7 @@ def line(row: dict, args: Args, seconds_per_step: float) -> str:
         f"len {row['rollout/length_mean']:.0f} trunc {row['rollout/truncated_frac']:.0%} | kl "
         f"{row.get('policy/approx_kl', 0):.4f} ent {row.get('policy/entropy', 0):.2f} clip {clip:.1%} "
         f"gn {row.get('policy/grad_norm', 0):.2f} ev {row['critic/explained_var']:.2f} gap "
-        f"{row['mismatch/logp_abs_mean']:.0e} mfu {row['perf/mfu']:.0%} | {seconds:.1f}s = {phases} | eta {minutes:.0f}m"
+        f"{row['mismatch/logp_abs_mean']:.0e} mfu {mfu:.0%} | {row['time/step']:.1f}s = {phases} | eta {minutes:.0f}m"
         + (f" | eval {row['eval/correct']:.3f}" if "eval/correct" in row else "")
     )
 
