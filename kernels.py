@@ -150,7 +150,7 @@ def full_weights(model: nn.Module, dtype: torch.dtype) -> Iterator[tuple[str, Te
             yield name, p
 
 
-def optimizer_step(model: nn.Module, optimizer, lr: float, batch: NamedTuple, dump, max_norm: float = 1.0) -> Tensor:
+def optimizer_step(model: nn.Module, optimizer, lr: float, max_norm: float, batch: NamedTuple, dump) -> Tensor:
     """Clips the gradient over all ranks and steps; returns its norm before clipping, (). A norm that is not finite
     stops every rank here, before this model changes, with the batch in the file `dump`."""
     norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm)  # Accelerate's breaks for a second model

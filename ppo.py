@@ -338,7 +338,7 @@ def train(args: Args) -> list[dict]:
     how |= {"trained": False, "offload": "reference" in args.offload}
     ref = kernels.load_policy(args.model, **how) if args.kl_coef else None
     kl_place, kl_kind = args.kl_in.split("-")
-    adam = {"betas": (0.9, 0.95), "weight_decay": 0.0, "fused": True}
+    adam, max_norm = {"betas": (0.9, 0.95), "weight_decay": 0.0, "fused": True}, 1.0  # of gradients, for clipping
     models = {"policy": policy, "critic": critic, "reference": ref}
     trained = {k: (m, torch.optim.AdamW(m.parameters(), **adam)) for k, m in models.items() if m is not ref}
     if newest:
@@ -460,7 +460,7 @@ def train(args: Args) -> list[dict]:
                         meter.add("policy/approx_kl", kl_estimate(old, logprobs, "k3"))
                         fresh.append((p.index, logprobs.detach()))
                     if train_policy:
-                        norm = kernels.optimizer_step(*trained["policy"], policy_lr, batch, dump)
+                        norm = kernels.optimizer_step(*trained["policy"], policy_lr, max_norm, batch, dump)
                         meter.add("policy/grad_norm", norm)
 
                     for p in micro:
@@ -468,7 +468,7 @@ def train(args: Args) -> list[dict]:
                         loss, clipped = value_loss(values, old, returns.view(-1)[p.index], args.value_clip)
                         (loss.sum() * scale).backward()
                         meter.add_all("critic/", loss=loss, clipfrac=clipped)
-                    norm = kernels.optimizer_step(*trained["critic"], critic_lr, batch, dump)
+                    norm = kernels.optimizer_step(*trained["critic"], critic_lr, max_norm, batch, dump)
                     meter.add("critic/grad_norm", norm)
             if on_policy:
                 old_logprobs = kernels.unpack(fresh, mask, ranks)
