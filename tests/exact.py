@@ -49,7 +49,7 @@ def make_folders(root: Path, cases: dict[str, dict] = CASES) -> None:
         model = LOADERS[case.split("-")[-1]].from_config(config)
         with torch.no_grad():
             for p in model.parameters():
-                p.mul_(0.1 if p.dim() == 2 else 1.0).add_(0.2 * torch.randn(p.shape, generator=noise))
+                p.mul_(0.1 if p.dim() == 2 else 1.0).add_(0.15 * torch.randn(p.shape, generator=noise))
         model.save_pretrained(root / case)
 
 
@@ -145,13 +145,16 @@ class Way(NamedTuple):
     replicas: int = 1
     checkpointing: bool = False
     offload: bool = False
-    fused: bool = False
+    attention: str = "varlen"
+    pieces: bool = False
 
 
 WAYS = [
     Way("varlen", 1),
     Way("checkpointing", 1, checkpointing=True),
-    Way("fused", 1, fused=True),
+    Way("pieces", 1, pieces=True),
+    Way("sdpa", 1, attention="sdpa"),
+    Way("eager", 1, attention="eager"),
     Way("fsdp-2", 2),
     Way("sp-2-of-2", 2, sp=2),
     Way("offload-2", 2, offload=True),
@@ -166,10 +169,9 @@ WAYS = [
 def run(root: Path, way: Way, case: str, accelerator, ranks: kernels.Ranks) -> Result:
     """The functions of kernels.py in the order of ppo.train: a forward of the whole batch without gradient, the
     updates, and the new weights for the engine."""
-    kernels.setup(case.split("-")[0], liger=False, progress=False, bf16=False)
-    kernels.LogprobHead.fused = way.fused
+    kernels.setup(case.split("-")[0], liger=False, progress=False, bf16=False, attention=way.attention)
     load = kernels.load_critic if "critic" in case else kernels.load_policy
-    model = load(str(root / case), accelerator, way.checkpointing, offload=way.offload)
+    model = load(str(root / case), accelerator, way.checkpointing, attention=way.attention, offload=way.offload)
     optimizer = torch.optim.AdamW(model.parameters(), **ADAM)
     batch, result = make_batch(), Result([], [], [], {}, {})
     loss, args = make_loss(batch, case), SimpleNamespace(max_tokens_per_microbatch=BUDGET // ranks.sp)
@@ -195,16 +197,17 @@ def run(root: Path, way: Way, case: str, accelerator, ranks: kernels.Ranks) -> R
         gradients = {name: p.grad for name, p in model.named_parameters()}
         gradients = {name: g.full_tensor() if isinstance(g, DTensor) else g.clone() for name, g in gradients.items()}
         result.gradients.append(gradients)
-        result.norms.append(kernels.optimizer_step(model, optimizer, lr, MAX_NORM, batch, root / "bad.pt").item())
-    kernels.LogprobHead.fused = False
+        norm = kernels.optimizer_step(model, optimizer, lr=lr, batch=batch, dump=root / "bad.pt", max_norm=MAX_NORM)
+        result.norms.append(norm.item())
     p, row = next(model.parameters()), ppo.microbatches(batch, UPDATES[0], args, ranks)[0]
     result.made["mesh"] = tuple(p.device_mesh.shape) if isinstance(p, DTensor) else ()
     result.made["slices"] = row.cu_seqlens[-1].item() // row.ids.numel()
     result.made["checkpointing"] = model.is_gradient_checkpointing
+    result.made["attention"] = model.config._attn_implementation
     units = [m for m in model.modules() if isinstance(m, FSDPModule) and m._get_fsdp_state()._fsdp_param_group]
     policies = [unit._get_fsdp_state()._fsdp_param_group.offload_policy for unit in units]
     result.made["offload"] = {isinstance(policy, CPUOffloadPolicy) for policy in policies} or {False}
-    return result._replace(weights=dict(kernels.full_weights(model, torch.float32)))
+    return result._replace(weights={name: p.clone() for name, p in kernels.full_weights(model, torch.float32)})
 
 
 def run_ways(root: Path, world: int, cases=CASES) -> dict[tuple[str, str], Result]:
@@ -215,7 +218,12 @@ def run_ways(root: Path, world: int, cases=CASES) -> dict[tuple[str, str], Resul
     for way, case in [(way, case) for way in WAYS if way.world == world for case in cases]:
         AcceleratorState._reset_state(reset_partial_state=True)  # it remembers the last architecture's layers
         accelerator, ranks = kernels.start_ranks(False, way.sp, way.replicas)
+        whole = kernels.token_logprobs
+        if way.pieces:  # five rows forward, about three columns backward; in all other ways one piece holds everything
+            size = 5 * SIZES["vocab_size"]
+            kernels.token_logprobs = lambda *x: kernels._ChunkedLogprob.apply(*x, size)
         results[way.name, case] = run(root, way, case, accelerator, ranks)
+        kernels.token_logprobs = whole
     return results
 
 

@@ -83,6 +83,7 @@ def test_a_way_is_what_its_name_says(found, expected, way):
     shape = (way.replicas, way.world // way.replicas)
     mesh = shape if way.replicas > 1 else shape[1:] if way.world > 1 else ()
     wanted = {"mesh": mesh, "slices": way.sp, "checkpointing": way.checkpointing, "offload": {way.offload}}
+    wanted["attention"] = way.attention
     for case, got, _ in pairs(found, expected, way):
         assert got.made == wanted, case
 
@@ -148,11 +149,9 @@ SEQUENCES = [9, 2, 17, 4]  # their lengths
 def load(folder: Path, attention: str, training: bool):
     if attention == "flash_attention_2" and not is_flash_attn_2_available():
         pytest.skip("the package flash_attn is not installed, or finds no GPU")
-    kernels.setup("qwen2", liger=False, progress=False, bf16=False)
+    kernels.setup("qwen2", liger=False, progress=False, bf16=False, attention=attention)
     accelerator = kernels.start_ranks(bf16=False, sp=1)[0]
-    model = kernels.load_policy(str(folder), accelerator, checkpointing=False)
-    model.set_attn_implementation(attention)
-    return model.train(training)
+    return kernels.load_policy(str(folder), accelerator, checkpointing=False, attention=attention).train(training)
 
 
 def make_ids(changed: int | None = None) -> torch.Tensor:
