@@ -1,13 +1,23 @@
 """Each fast path against its plain specification: values and gradients."""
 import itertools
+import os
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2ForTokenClassification
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import (
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen2ForTokenClassification,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3ForTokenClassification,
+)
 
+import data
 import kernels
 import ppo  # noqa: F401  the guard for the name `kernels`, in the processes of the last test too
 
@@ -201,3 +211,88 @@ def test_ulysses_is_one_rank(tmp_path):
         for expected, first, second in zip(packed_passes(kv_heads, 0, 1, None), *got):
             assert torch.equal(first, second)
             assert (first - expected).norm() < 1e-5 * expected.norm()
+
+
+# ------------------------------------------------------------------------------------------------ clocks and memory
+
+
+@pytest.mark.parametrize("critic", [False, True])
+def test_flops_are_those_of_torchs_counter(critic):
+    """Guards the MFU: every product of matrices that torch counts in plain transformers, the head on responses alone;
+    but for attention above the diagonal, which that counts and nobody needs."""
+    kv_heads, width, layers = 2, 6 * 16, 2  # heads of 16, wider together than the model
+    config = Qwen3Config(
+        vocab_size=700, hidden_size=48, intermediate_size=64, num_hidden_layers=layers, num_attention_heads=6,
+        num_key_value_heads=kv_heads, head_dim=16, num_labels=1, attn_implementation="eager",
+    )  # fmt: skip
+    model = (Qwen3ForTokenClassification if critic else Qwen3ForCausalLM)(config)
+    fed, responses = [40, 7, 23], [11, 3, 20]
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        for n, k in zip(fed, responses):
+            model(torch.arange(n)[None], **({} if critic else {"logits_to_keep": k}))
+    above = 2 * layers * width * sum(n * n for n in fed)
+    found = kernels.forward_flops(model, fed, sum(responses))
+    assert found == pytest.approx(counter.get_total_flops() - above, rel=0.02)  # norms, biases, one number a token
+
+
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="needs /proc/self/clear_refs")
+def test_memory_of_each_phase():
+    """Guards peaks that are charged to a later phase, and phases in two parts."""
+    times: dict[str, float] = {}
+    for phase, megabytes in (("reward", 1), ("forward", 300), ("reward", 1), ("sync", 150), ("report", 1)):
+        with kernels.timed(times, phase):
+            torch.ones(megabytes << 18).sum()
+    peaks = {name.removeprefix("perf/peak_gb_"): gb for name, gb in times.items() if "peak" in name}
+    assert set(peaks) == {"reward", "forward", "sync", "report"}
+    assert 0.25 < peaks["forward"] - peaks["reward"] < 0.35 and 0.1 < peaks["sync"] - peaks["report"] < 0.2
+    assert times["time/step"] == pytest.approx(sum(times[f"time/{phase}"] for phase in peaks))
+
+
+def long_response(tokens: int) -> float:
+    """GB that a forward and an update of policy and critic take at their peak on one response of so many tokens."""
+    torch.set_num_threads(1)
+    kernels.setup("qwen2", liger=False, progress=False, bf16=False)
+    config = Qwen2Config(
+        vocab_size=512, hidden_size=64, intermediate_size=256, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, max_position_embeddings=20_000, num_labels=1,
+    )  # fmt: skip
+    config._attn_implementation = "varlen"
+    policy, critic = Qwen2ForCausalLM(config), Qwen2ForTokenClassification(config)
+    policy.lm_head.__class__ = kernels.LogprobHead
+    accelerator = kernels.start_ranks(bf16=False, sp=1)[0]
+    models = [kernels.shard(model, accelerator, checkpointing=True, offload=False) for model in (policy, critic)]
+    ids = torch.randint(512, (1, tokens + 100), generator=torch.Generator().manual_seed(0))
+    (bins,) = data.plan_microbatches([tokens + 99], budget=18_000)
+    before, times = kernels.memory_peak(), {}
+    p = kernels.pack(ids, torch.arange(tokens + 100)[None] >= 100, [tokens + 100], bins[0])
+    assert len(p.keep) == tokens
+    with kernels.timed(times, "forward"), torch.no_grad():
+        kernels.policy_forward(policy, p, 1.0), kernels.critic_forward(critic, p)
+    with kernels.timed(times, "update"):
+        for model in models:
+            optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+            out = kernels.policy_forward(model, p, 1.0) if model is policy else [kernels.critic_forward(model, p)]
+            sum(out).mean().backward()
+            kernels.optimizer_step(model, optimizer, 1e-4, 1.0, p, "bad_batch.pt")
+    return max(gb for name, gb in times.items() if "peak" in name) - before
+
+
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="needs /proc/self/clear_refs")
+def test_memory_grows_linearly_with_the_response():
+    """Guards anything of T x T: at 16,384 tokens a mask or scores of one head would take 1 GB."""
+    with mp.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
+        taken = {tokens: pool.apply(long_response, (tokens,)) for tokens in (4096, 8192, 16_384)}
+    print("peak GB by response tokens:", {tokens: round(gb, 3) for tokens, gb in taken.items()})
+    assert 1.5 < taken[8192] / taken[4096] < 2.5 and 1.5 < taken[16_384] / taken[8192] < 2.5
+
+
+def test_ligers_logprobs_mean_the_same():
+    """Guards the call of Liger's kernel for Hopper (the order of its arguments, the sign, nats), by its portable twin."""
+    from liger_kernel.ops import LigerFusedLinearScaledCrossEntropyFunction as function
+
+    hidden, weight, targets = head_inputs(33, 16, 257)
+    nll, entropy = function.apply(hidden, weight, targets, 0.7, -100, 1, True)
+    for got, expected in zip((-nll, entropy), kernels.token_logprobs(hidden, weight, targets, 0.7)):
+        assert torch.allclose(got, expected, atol=1e-4)
+    if not torch.cuda.is_available():
+        assert kernels.find_liger_logprobs() == "chunked" and kernels.LIGER_LOGPROB is None
