@@ -7,7 +7,6 @@ from pathlib import Path
 import exact
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 from transformers.utils import is_flash_attn_2_available
 
 import data
@@ -47,17 +46,17 @@ def found(folders) -> list[dict[tuple[str, str], exact.Result]]:
 
 
 def pairs(found: list, expected: dict, way: exact.Way) -> list[tuple[str, exact.Result, exact.Result]]:
-    """(architecture and model, a rank's result, the plain result); replicas and shards may not differ either."""
-    all_of_it = [(case, rank[way.name, case], expected[case]) for rank in found for case in expected if
-                 (way.name, case) in rank]  # fmt: skip
-    assert len(all_of_it) == way.world * len(exact.CASES)
-    return all_of_it
+    """(case, what a rank has, the plain result): all ranks must have it, and so replicas may not drift apart."""
+    ranks = [rank for rank in found if (way.name, "qwen2-critic") in rank]
+    assert len(ranks) == way.world
+    return [(case, rank[way.name, case], plain) for rank in ranks for case, plain in expected.items()]
 
 
-def furthest(got: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> tuple[float, str]:
-    """The greatest relative error of a tensor, in norms, and which one it is."""
+def far(got: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> dict[str, float]:
+    """The tensors whose relative error (in norms) is not below 1e-4, nan included."""
     assert got.keys() == wanted.keys()
-    return max(((got[name] - wanted[name]).norm().item() / wanted[name].norm().item(), name) for name in wanted)
+    errors = {name: ((got[name] - x).norm() / x.norm()).item() for name, x in wanted.items()}
+    return {name: error for name, error in errors.items() if not error < 1e-4}
 
 
 every_way = pytest.mark.parametrize("way", exact.WAYS, ids=lambda way: way.name)
@@ -103,8 +102,7 @@ def test_gradients_are_those_of_plain_models(found, expected, way):
     misses its second half, layers that are recomputed with other inputs."""
     for case, got, plain in pairs(found, expected, way):
         for x, y in zip(got.gradients, plain.gradients, strict=True):
-            worst, name = furthest(x, y)
-            assert worst < 1e-4, (case, name)
+            assert not far(x, y), case
 
 
 @every_way
@@ -138,10 +136,10 @@ def test_ligers_layers_are_the_plain_ones(liger, case):
     assert patched.classes.count("LigerRMSNorm") == norms and patched.classes.count("LigerSwiGLUMLP") == layers
     assert not any(name.endswith(("RMSNorm", "MLP")) and "Liger" not in name for name in patched.classes)
     assert (patched.logits[1] - patched.logits[0]).abs().max() < 1e-5
-    assert furthest(*patched.gradients)[0] < 1e-4
+    assert not far(*patched.gradients[::-1])
 
 
-# ------------------------------------------------------------------------------------- sequences of one row are strangers
+# ------------------------------------------------------------------------------------ sequences of a row are strangers
 
 SEQUENCES = [9, 2, 17, 4]  # their lengths
 
@@ -171,20 +169,19 @@ def outputs(model, changed: int | None = None, forward=None) -> list[torch.Tenso
 
 
 def leak(model, forward=None) -> float:
-    """By how much a sequence's numbers move at most when another one in its row gets other tokens."""
+    """By how much sequences' numbers move when another one in their row gets other tokens: a sum of maxima."""
     worst = 0.0
     with torch.no_grad():
         before = outputs(model, None, forward)
         for changed in range(len(SEQUENCES)):
             moved = [(x - y).abs().max().item() for x, y in zip(outputs(model, changed, forward), before)]
             assert moved.pop(changed) > 0.1
-            worst = max(worst, *moved)
+            worst += sum(moved)  # unlike max, a sum does not lose a nan
     return worst
 
 
-every_attention = pytest.mark.parametrize(
-    "attention", ["varlen", "sdpa", "eager", "flex_attention", "flash_attention_2"]
-)
+ATTENTIONS = ["varlen", "sdpa", "eager", "flex_attention", "flash_attention_2"]
+every_attention = pytest.mark.parametrize("attention", ATTENTIONS)
 every_mode = pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 
 
