@@ -115,8 +115,8 @@ def shard(model: nn.Module, accelerator, checkpointing: bool, offload: bool) -> 
         model.gradient_checkpointing_enable({"use_reentrant": False})
     if not accelerator.is_fsdp2:
         return accelerator.prepare_model(model)
-    pinned = torch.cuda.is_available()
-    accelerator.state.fsdp_plugin.cpu_offload = CPUOffloadPolicy(pinned) if offload else OffloadPolicy()
+    plugin, plugin.transformer_cls_names_to_wrap = accelerator.state.fsdp_plugin, None  # it remembers the first model's
+    plugin.cpu_offload = CPUOffloadPolicy(pin_memory=torch.cuda.is_available()) if offload else OffloadPolicy()
     return fsdp2_prepare_model(accelerator, model)
 
 

@@ -214,14 +214,15 @@ def run_ways(root: Path, world: int) -> dict[tuple[str, str], Result]:
     from accelerate.state import AcceleratorState
 
     results = {}
-    for way, case in [(way, case) for way in WAYS if way.world == world for case in CASES]:
-        AcceleratorState._reset_state(reset_partial_state=True)  # it remembers the last architecture's layers
+    for way in (way for way in WAYS if way.world == world):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        # once for all cases: a critic may be of another architecture than the policy
         accelerator, ranks = kernels.start_ranks(False, way.sp, way.replicas)
         whole = kernels.token_logprobs
         if way.pieces:  # five rows forward, about three columns backward; in all other ways one piece holds everything
             size = 5 * SIZES["vocab_size"]
             kernels.token_logprobs = lambda *x: kernels._ChunkedLogprob.apply(*x, size)
-        results[way.name, case] = run(root, way, case, accelerator, ranks)
+        results |= {(way.name, case): run(root, way, case, accelerator, ranks) for case in CASES}
         kernels.token_logprobs = whole
     return results
 
