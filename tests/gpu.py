@@ -243,6 +243,7 @@ def tables(records: list[dict]) -> str:
         keys = list(dict.fromkeys(k for r in some for k in r))
         lines = [keys, ["---"] * len(keys), *([cell(r.get(k, "")) for k in keys] for r in some)]
         text += f"**{name}**\n\n" + "".join(f"| {' | '.join(line)} |\n" for line in lines) + "\n"
+    text = text if CUDA else f"A rehearsal on a CPU at tiny sizes: these are no measurements.\n\n{text}"
     return text + "".join(f"- not measured: {r['name']}: {r['why']}\n" for r in records if r["kind"] == "skip")
 
 

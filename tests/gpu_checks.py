@@ -5,6 +5,7 @@
 
 Where both sides round to bf16 a path may err at most twice as much as PyTorch's plain way does on the same card.
 """
+import math
 import tempfile
 from pathlib import Path
 
@@ -46,7 +47,7 @@ def attention_kernel(size: int, flash: bool) -> None:
         check(title, distance(found, w), 2 * distance(p, w))
 
 
-def ragged(device: str, lengths=(9, 70, 5, 130, 33), vocab: int = 1000):
+def ragged(device: str, lengths=(9, 70, 64, 130, 33), vocab: int = 1000):
     """ids (B, T), a mask of responses, lengths."""
     noise = torch.Generator().manual_seed(3)
     ids = torch.randint(2, vocab, (len(lengths), max(lengths)), generator=noise)
@@ -114,9 +115,8 @@ def liger_patches(model_type: str) -> None:
         plain = shaped(False, "sdpa", model_type)
         with liger(model_type) as said:
             patched = shaped(False, "sdpa", model_type)
-    kinds = {type(m).__name__ for m in patched.modules()}
-    if CUDA:
-        missing = {"LigerRMSNorm", "LigerSwiGLUMLP"} - kinds
+    if CUDA or "RMSNorm" in said:
+        missing = {"LigerRMSNorm", "LigerSwiGLUMLP"} - {type(m).__name__ for m in patched.modules()}
         check(f"Liger, {model_type}: kinds of modules that are not patched", len(missing), 0)
     patched.load_state_dict(plain.state_dict())
     ids = torch.randint(1000, (1, 257), generator=torch.Generator().manual_seed(2)).to(ARGS.device)
@@ -235,30 +235,33 @@ def part_checks() -> None:
 # ------------------------------------------------------------------------------- part "fsdp": torchrun, one rank, FSDP2
 
 
-def sharded_step(folder: dict, accelerator, offload: bool) -> None:
+def copied(model, dtype) -> dict[str, torch.Tensor]:
+    return {name: x.cpu().clone() for name, x in kernels.full_weights(model, dtype)}  # each is good until the next only
+
+
+def sharded_step(title: str, folders: dict[str, str], accelerator, offload: bool) -> None:
     """Loading, passes, clipping, AdamW and full_weights under FSDP2 against plain models on the CPU in fp32."""
-    title = f"FSDP2{' with offload' if offload else ''}"
-    plain, models = unsharded(folder), loaded(folder, accelerator, True, offload=offload)
+    plain, models = unsharded(folders), loaded(folders, accelerator, True, offload=offload)
+    before = {name: copied(model, FP32) for name, model in models.items()}
     for name in models:
-        whole, given = (dict(kernels.full_weights(m[name], FP32)) for m in (models, plain))
-        different = sum(not torch.equal(whole[key].cpu(), tensor) for key, tensor in given.items())
-        check(f"{title}: {name} tensors that loading changed", different + abs(len(whole) - len(given)), 0)
+        given = dict(plain[name].named_parameters())
+        same = given.keys() == before[name].keys() and all(torch.equal(before[name][key], given[key]) for key in given)
+        check(f"{title}: {name}, weights that loading changed", 1 - same, 0)
     compare(title, passes(models, ARGS.device), passes(plain, "cpu"))
-    for name in models:
-        steps, norms = [], []
-        for model, fused in ((models[name], True), (plain[name], False)):
-            # with eps = 1 an update is nearly lr * gradient: without it, a tiny gradient's rounding decides on its sign
-            optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), eps=1.0, weight_decay=0.0, fused=fused)
-            before = {key: x.cpu().clone() for key, x in kernels.full_weights(model, FP32)}
-            norms.append(kernels.optimizer_step(model, optimizer, 0.5, 1.0, None, None).cpu())
-            after = {key: x.cpu().clone() for key, x in kernels.full_weights(model, FP32)}
-            steps.append(torch.cat([(after[key] - before[key]).flatten() for key in before]))
-        check(f"{title}: {name}, gradient norm", distance(*norms), 0.02)
-        check(f"{title}: {name}, change of the weights by AdamW", distance(*steps), 0.05)
-        rounded = {key: x.cpu().clone() for key, x in kernels.full_weights(models[name], BF16)}
-        whole = kernels.full_weights(models[name], FP32)
-        wrong = sum(not torch.equal(x.cpu().to(BF16), rounded[key]) for key, x in whole)
-        check(f"{title}: {name} tensors that bf16 full_weights has otherwise", wrong, 0)
+    for name, model in models.items():
+        # with eps = 1 an update is nearly lr * gradient: without it, a tiny gradient's rounding decides on its sign
+        adam = {"betas": (0.9, 0.95), "eps": 1.0, "weight_decay": 0.0}
+        limit = torch.nn.utils.clip_grad_norm_(plain[name].parameters(), math.inf).item() / 2  # so that clipping acts
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1.0, fused=True, **adam)
+        norm = kernels.optimizer_step(model, optimizer, 0.5, None, None, limit).item()
+        torch.nn.utils.clip_grad_norm_(plain[name].parameters(), limit)
+        torch.optim.AdamW(plain[name].parameters(), lr=0.5, **adam).step()
+        after, wanted = copied(model, FP32), dict(plain[name].named_parameters())
+        moves = [torch.cat([(new[key] - x).flatten() for key, x in before[name].items()]) for new in (after, wanted)]
+        check(f"{title}: {name}, gradient norm", abs(norm / (2 * limit) - 1), 0.02)
+        check(f"{title}: {name}, change of the weights by AdamW", distance(*moves), 0.05)
+        wrong = sum(not torch.equal(after[key].to(BF16), x) for key, x in copied(model, BF16).items())
+        check(f"{title}: {name}, tensors that full_weights has otherwise in bf16", wrong, 0)
 
 
 def part_fsdp() -> None:
@@ -266,8 +269,13 @@ def part_fsdp() -> None:
     accelerator, _ = kernels.start_ranks(bf16=True, sp=1)
     with tempfile.TemporaryDirectory() as folder:
         folders = tiny_folders(Path(folder))
-        for offload in (False, True):
-            attempt(f"FSDP2, offload {offload}", sharded_step, folders, accelerator, offload)
+        for title, offload in (("FSDP2", False), ("FSDP2 with offload", True)):
+            attempt(title, sharded_step, title, folders, accelerator, offload)
+        said = kernels.find_liger_logprobs()
+        if kernels.LIGER_LOGPROB:
+            attempt(said, sharded_step, f"FSDP2 with {said}", folders, accelerator, False)
+        else:
+            skip("FSDP2 with Liger's log-probs", said)
 
 
 if __name__ == "__main__":

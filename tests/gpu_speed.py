@@ -30,7 +30,6 @@ if not CUDA:
     SHAPES = {name: tiny | {"tie_word_embeddings": name == "0.5B"} for name in SHAPES}
     BUDGET, MEDIAN, LONGEST, PROMPT = 300, 50, 273, 10
 LEVERS = {"checkpointing": True, "liger": HAS["liger_kernel"] and COMPILER and CUDA, "attention": "varlen"}
-PEAK = {"H100": 989.4e12, "H200": 989.4e12, "A100": 312e12}  # dense bf16 on the data sheets of the SXM cards
 
 
 def workload() -> list[kernels.Packed]:
@@ -46,28 +45,22 @@ def workload() -> list[kernels.Packed]:
     return [kernels.pack(ids, mask, lengths, rows) for rows in plan]
 
 
-def flops(config, critic: bool, micro: list[kernels.Packed], backward: bool) -> float:
-    """Of the model, not of the machine: what checkpointing computes again does not count. A forward takes
-    2 x parameters of the layers x tokens + 2 x hidden x vocabulary x response tokens (policy)
-    + 2 x layers x width of q x sum of squared lengths (causal: half of QK' and PV); a backward takes twice that."""
-    q, kv = (heads * config.head_dim for heads in (config.num_attention_heads, config.num_key_value_heads))
-    layer = config.hidden_size * (2 * q + 2 * kv + 3 * config.intermediate_size)
-    tokens, answers = sum(p.ids.numel() for p in micro), sum(len(p.targets) for p in micro)
-    squares = sum((p.cu_seqlens.diff().double() ** 2).sum().item() for p in micro)
-    head = 0 if critic else 2 * config.hidden_size * config.vocab_size * answers
-    forward = 2 * config.num_hidden_layers * (layer * tokens + q * squares) + head
-    return forward * (3 if backward else 1)
+def forward_flops(model, micro: list[kernels.Packed]) -> float:
+    """Of the model, not of the machine, by kernels.forward_flops: 2 x parameters without embedding x tokens
+    + 2 x hidden x vocabulary x response tokens (policy) + 2 x layers x width of q x sum of squared lengths (causal
+    attention); a backward has twice as many. What checkpointing computes again does not count."""
+    fed = [n for p in micro for n in p.cu_seqlens.diff().tolist()]
+    return kernels.forward_flops(model, fed, sum(len(p.targets) for p in micro))
 
 
 def trainee(size: str, critic: bool, accelerator, levers: dict, offload: bool = False):
-    """A model made on the card and sharded, its optimizer, its configuration."""
+    """A model made on the card and sharded, and its optimizer."""
     with liger("qwen2", levers["liger"]), torch.device(ARGS.device):
         model = shaped(critic, levers["attention"], initializer_range=0.02, **SHAPES[size])
     if not critic:
         model.lm_head.__class__ = kernels.LogprobHead
-    config = model.config
     model = kernels.shard(model, accelerator, levers["checkpointing"], offload)
-    return model, torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.0, fused=True), config
+    return model, torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.0, fused=True)
 
 
 def run(model, p: kernels.Packed, critic: bool, backward: bool) -> None:
@@ -77,26 +70,29 @@ def run(model, p: kernels.Packed, critic: bool, backward: bool) -> None:
         (out * torch.linspace(-1, 1, len(out), device=out.device)).mean().backward()
 
 
-def speed(size: str, critic: bool, accelerator, micro: list, peak: float, changed: dict) -> None:
+def speed(size: str, critic: bool, accelerator, micro: list, changed: dict) -> None:
     """Measured on two micro-batches; scaled by their floating-point operations to all of the 64 samples, with one
     AdamW step for all of them."""
-    levers, some = LEVERS | changed, micro[:2]
-    model, optimizer, config = trainee(size, critic, accelerator, levers)
-    forward_s = seconds(lambda: [run(model, p, critic, False) for p in some])
-    free()
-    passes, steps = [], []
-    for _ in range(4):  # the first warms up
-        began = clock()
-        for p in some:
-            run(model, p, critic, True)
-        passes.append(clock() - began)
-        kernels.optimizer_step(model, optimizer, 1e-6, 1.0, None, None)
-        steps.append(clock() - began - passes[-1])
-    forward, update = (flops(config, critic, micro, backward) for backward in (False, True))
-    scale = forward / flops(config, critic, some, False)
-    step_s = statistics.median(steps[1:])
+    levers, some, fused = LEVERS | changed, micro[:2], kernels.LIGER_LOGPROB
+    kernels.LIGER_LOGPROB = fused if levers["liger"] else None
+    try:
+        model, optimizer = trainee(size, critic, accelerator, levers)
+        forward_s = seconds(lambda: [run(model, p, critic, False) for p in some])
+        free()
+        passes, steps = [], []
+        for _ in range(4):  # the first warms up
+            began = clock()
+            for p in some:
+                run(model, p, critic, True)
+            passes.append(clock() - began)
+            kernels.optimizer_step(model, optimizer, 1e-6, None, None)
+            steps.append(clock() - began - passes[-1])
+    finally:
+        kernels.LIGER_LOGPROB = fused
+    work, peak = forward_flops(model, micro), kernels.roofline()[0]
+    scale, step_s = work / forward_flops(model, some), statistics.median(steps[1:])
     forward_s, update_s = forward_s * scale, statistics.median(passes[1:]) * scale + step_s
-    cells = {"update MFU": update / update_s / peak, "forward MFU": forward / forward_s / peak}
+    cells = {"update MFU": 3 * work / update_s / peak, "forward MFU": work / forward_s / peak}
     cells |= {"update tokens/s": sum(p.ids.numel() for p in micro) / update_s, "peak GB": gb("max_memory_allocated")}
     cells |= {"update s": update_s, "forward s": forward_s, "of it AdamW s": step_s}
     row("speed", model=size, what="critic" if critic else "policy", **levers, **cells)
@@ -104,9 +100,9 @@ def speed(size: str, critic: bool, accelerator, micro: list, peak: float, change
 
 def phases(accelerator, micro: list, title: str, naive: bool = False, offload: bool = False, **changed) -> None:
     """Peak GB with policy and critic of 1.5B on the card. "resident": weights and AdamW's states."""
-    fast = kernels.token_logprobs, kernels.LogprobHead.fused
+    fast = kernels.token_logprobs
     if naive:
-        kernels.token_logprobs, kernels.LogprobHead.fused = kernels.token_logprobs_ref, False
+        kernels.token_logprobs = kernels.token_logprobs_ref
     fullest, cells = max(micro, key=lambda p: p.ids.numel()), {}
     try:
         models = [trainee("1.5B", critic, accelerator, LEVERS | changed, offload) for critic in (False, True)]
@@ -114,10 +110,10 @@ def phases(accelerator, micro: list, title: str, naive: bool = False, offload: b
             free()
             began = clock()
             for critic in {"update policy": [0], "update critic": [1]}.get(phase, [0, 1]):
-                model, optimizer, _ = models[critic]
+                model, optimizer = models[critic]
                 run(model, fullest, bool(critic), phase != "forward")
                 if phase != "forward":
-                    kernels.optimizer_step(model, optimizer, 1e-6, 1.0, None, None)
+                    kernels.optimizer_step(model, optimizer, 1e-6, None, None)
                 kernels.reshard(model)  # a forward alone leaves the head gathered
             cells |= {f"{phase} GB": gb("max_memory_allocated"), f"{phase} s": clock() - began}
             if phase == "warm-up":
@@ -125,7 +121,7 @@ def phases(accelerator, micro: list, title: str, naive: bool = False, offload: b
                 cells = {"resident GB": gb("memory_allocated")}
         row("memory", lever=title, **cells)
     finally:
-        kernels.token_logprobs, kernels.LogprobHead.fused = fast
+        kernels.token_logprobs = fast
 
 
 def head(f, name: str) -> None:
@@ -146,7 +142,7 @@ def head(f, name: str) -> None:
 
 def sync(accelerator) -> None:
     """full_weights of the sharded policy in bf16, into a plain bf16 model by TorchSampler.load."""
-    policy, *_ = trainee("1.5B", False, accelerator, LEVERS)
+    policy, _ = trainee("1.5B", False, accelerator, LEVERS)
     sampler = rollout.TorchSampler.__new__(rollout.TorchSampler)  # without __init__, which wants a folder
     with torch.device(ARGS.device):
         sampler.model = shaped(False, "sdpa", **SHAPES["1.5B"]).to(BF16)
@@ -171,7 +167,7 @@ def engine(accelerator) -> None:
                                        gpu_memory=0.4)  # fmt: skip
         times = {"start s": clock() - began}
     sampler.sleep()
-    policy, *_ = trainee("1.5B", False, accelerator, LEVERS)
+    policy, _ = trainee("1.5B", False, accelerator, LEVERS)
     rng = random.Random(1)
     prompts = [[rng.randrange(2, SHAPES["1.5B"]["vocab_size"]) for _ in range(PROMPT)] for _ in range(SAMPLES)]
     calls = {
@@ -200,23 +196,21 @@ def engine(accelerator) -> None:
 
 
 def main(part: str) -> None:
-    kernels.setup("qwen2", liger=False, progress=False, bf16=True)
+    with liger("qwen2", False):  # takes the patches back: each model says whether it wants them
+        made = kernels.setup("qwen2", liger=LEVERS["liger"], progress=False, bf16=True)
     accelerator, _ = kernels.start_ranks(bf16=True, sp=1)
     if part == "vllm":
         return attempt("vLLM beside the trainer", engine, accelerator)
-    card = torch.cuda.get_device_name() if CUDA else "cpu"
-    known = [peak for name, peak in PEAK.items() if name in card and not {"PCIe", "NVL"} & set(card.split())]
-    measured, micro = matmul(8192 if CUDA else 256), workload()
-    peak = known[0] if known else measured
+    micro = workload()
 
     def measure(size: str, critic: bool = False, **changed) -> None:
         title = f"speed of {size} {'critic' if critic else 'policy'} {changed or ''}"
-        attempt(title, speed, size, critic, accelerator, micro, peak, changed, measure=True)
+        attempt(title, speed, size, critic, accelerator, micro, changed, measure=True)
 
     if part == "bench":
+        rate = matmul(8192 if CUDA else 256)
         gigabytes = torch.cuda.get_device_properties(0).total_memory / 2**30 if CUDA else 0.0
-        row("card", name=card, GB=gigabytes, **{"matmul TFLOP/s": measured / 1e12},
-            **{"MFU is of TFLOP/s": peak / 1e12, "from": "data sheet" if known else "matmul"})  # fmt: skip
+        row("made", **made, GB=gigabytes, **{"a measured matmul": f"{rate / 1e12:.4g} TFLOP/s"})
         tokens, answers = sum(p.ids.numel() for p in micro), sum(len(p.targets) for p in micro)
         cells = {"micro-batches": len(micro), "tokens": tokens, "response tokens": answers}
         row("load", samples=SAMPLES, **cells, fill=tokens / BUDGET / len(micro))
@@ -226,6 +220,8 @@ def main(part: str) -> None:
         levers["naive log-probs"] = {"naive": True}
         for title, changed in levers.items():
             attempt(f"memory {title}", phases, accelerator, micro, title, measure=True, **changed)
+        measure("0.5B"), measure("0.5B", critic=True)
+        kernels.LIGER_LOGPROB = None
         functions = {"chunked": kernels.token_logprobs, "naive": kernels.token_logprobs_ref}
         if why := has_liger_logprobs():
             skip("log-probs by Liger", why)
@@ -233,7 +229,6 @@ def main(part: str) -> None:
             functions["Liger's scaled cross entropy"] = liger_logprobs
         for name, f in functions.items():
             attempt(f"log-probs, {name}", head, f, name, measure=True)
-        measure("0.5B"), measure("0.5B", critic=True)
         return
     measure("1.5B", checkpointing=False), measure("0.5B", checkpointing=False)
     if LEVERS["liger"]:
