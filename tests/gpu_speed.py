@@ -251,3 +251,5 @@ def main(part: str) -> None:
 
 if __name__ == "__main__":
     main(ARGS.part)
+    if torch.distributed.is_initialized():  # vLLM's end has done it
+        torch.distributed.destroy_process_group()
