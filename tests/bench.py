@@ -38,6 +38,11 @@ import tiny  # noqa: E402
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
+# flags of ppo.py: the step that TRL is compared with, and run_cpu.sh
+DEMO = ["--prompts_per_step", "128", "--samples_per_prompt", "4", "--minibatch_size", "256", "--max_prompt_tokens", "32",
+        "--max_new_tokens", "160", "--max_tokens_per_microbatch", "8000", "--lr", "1e-6"]  # fmt: skip
+TRL = ["--prompts_per_step", "64", "--samples_per_prompt", "4", "--max_prompt_tokens", "64", "--max_new_tokens", "128",
+       "--max_tokens_per_microbatch", "8000", "--lr", "1e-6"]  # fmt: skip
 
 # ---------------------------------------------------------------------------------------------------------- measuring
 
@@ -137,37 +142,43 @@ def packed_update(policy, critic, ids, mask, lengths: list[int], budget: int, ra
 # ------------------------------------------------------------------------------------------------------------- packed
 
 
-def padded_update(policy, critic, ids, mask, lengths: list[int], budget: int) -> torch.Tensor:
-    """The same loss in the usual way: rows in the order in which they were drawn, as many as fit rows x width."""
-    total, scale, places = torch.zeros((), device=ids.device), 1 / mask.sum(), torch.arange(ids.numel())
-    places, batches, rows = places.view(ids.shape).to(ids.device), [], []
+def padded_batches(lengths: list[int], budget: int) -> list[list[int]]:
+    """Rows in the order in which they were drawn, as many as fit rows x width."""
+    batches: list[list[int]] = [[]]
     for b in range(len(lengths)):
-        if rows and (len(rows) + 1) * max(lengths[i] for i in [*rows, b]) > budget:
-            batches.append(rows)
-            rows = []
-        rows.append(b)
-    for rows in [*batches, rows]:
+        if batches[-1] and (len(batches[-1]) + 1) * max(lengths[i] for i in [*batches[-1], b]) > budget:
+            batches.append([])
+        batches[-1].append(b)
+    return batches
+
+
+def padded_update(policy, critic, ids, mask, lengths: list[int], budget: int) -> torch.Tensor:
+    """packed_update in the usual way."""
+    total, scale, length = torch.zeros((), device=ids.device), 1 / mask.sum(), torch.tensor(lengths, device=ids.device)
+    places = torch.arange(ids.numel(), device=ids.device).view(ids.shape)
+    for rows in padded_batches(lengths, budget):
         width = max(lengths[b] for b in rows)
-        x, chosen = ids[rows, :width], mask[rows, 1:width]
-        real = torch.arange(width, device=ids.device) < torch.tensor([lengths[b] for b in rows], device=ids.device)[:, None]
-        target = torch.cos(places[rows, 1:width][chosen].float())
+        x, chosen, target = ids[rows, :width], mask[rows, 1:width], torch.cos(places[rows, 1:width].float())
+        real = (torch.arange(width, device=ids.device) < length[rows, None]).long()
         with torch.autocast(DEVICE, torch.bfloat16, enabled=CUDA):
-            hidden = policy.model(input_ids=x, attention_mask=real.long(), use_cache=False).last_hidden_state
+            hidden = policy.model(input_ids=x, attention_mask=real, use_cache=False).last_hidden_state
             head = policy.lm_head.weight.to(hidden.dtype)
             logprobs, _ = kernels.token_logprobs_ref(hidden[:, :-1][chosen], head, x[:, 1:][chosen], 1.0)
-            values = critic(input_ids=x, attention_mask=real.long(), use_cache=False).logits[:, :-1, 0][chosen].float()
-        loss = -(logprobs * target).sum() * scale
+            values = critic(input_ids=x, attention_mask=real, use_cache=False).logits[:, :-1, 0][chosen].float()
+        loss = -(logprobs * target[chosen]).sum() * scale
         loss.backward()
-        error = 0.5 * ((values - target) ** 2).sum() * scale
+        error = 0.5 * ((values - target[chosen]) ** 2).sum() * scale
         error.backward()
         total += (loss + error).detach()
     return total
 
 
 def draw(mix: str, tokens: int, longest: int) -> list[int]:
+    """long-tailed: log-normal with a mean of 0.15 of the limit, as answers of reasoning models are, cut at the limit."""
     rng, lengths = random.Random(mix), []
     while sum(lengths) < tokens:
-        n = {"log-normal": rng.lognormvariate(5.2, 1.1), "uniform": rng.uniform(2, longest), "equal": longest // 4}[mix]
+        long_tailed = 0.15 * longest * rng.lognormvariate(-0.5, 1.0)
+        n = {"long-tailed": long_tailed, "uniform": rng.uniform(2, longest), "equal": longest // 4}[mix]
         lengths.append(int(min(max(n, 2), longest)))
     return lengths
 
@@ -177,9 +188,9 @@ def packed() -> None:
     against right-padded batches in the order drawn, with attention mask, transformers' sdpa and logits. Fair: the same
     weights, loss and limit on the area of a micro-batch; the padded way makes logits of response tokens only, which
     few trainers do. Checked first: equal loss and gradient norms."""
-    budget, vocab, rows = 4096, 8192, []
+    longest, vocab, rows = 512, 8192, []
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
-        path = make_model(f"{folder}/model", 256, 4, vocab)
+        path = make_model(f"{folder}/model", 256, 2, vocab)
         _, policy, critic = load_pair(path)
         options = {"dtype": torch.float32, "attn_implementation": "sdpa"}
         plain = AutoModelForCausalLM.from_pretrained(path, **options).to(DEVICE)
@@ -188,23 +199,25 @@ def packed() -> None:
         critic.score.weight.normal_(0, 0.02, generator=torch.Generator(DEVICE).manual_seed(0))
     valued.load_state_dict(critic.state_dict())
     valued.eval()  # no dropout before the value head
-    for mix in ("log-normal", "uniform", "equal"):
-        lengths = draw(mix, 3 * budget // 2, 2048)
+    for mix, budget in (("long-tailed", 4), ("long-tailed", 1), ("uniform", 4), ("equal", 4)):
+        lengths, budget = draw(mix, 8 * longest, longest), budget * longest
         ids, mask = random_batch(lengths, vocab)
         ours = functools.partial(packed_update, policy, critic, ids, mask, lengths, budget)
         theirs = functools.partial(padded_update, plain, valued, ids, mask, lengths, budget)
         outcomes = []
         for update, models in ((ours, (policy, critic)), (theirs, (plain, valued))):
+            for model in models:
+                model.zero_grad()
             loss = update().item()
             outcomes.append([loss, *(torch.nn.utils.clip_grad_norm_(m.parameters(), 1e9).item() for m in models)])
         agree = max(abs(a / b - 1) for a, b in zip(*outcomes))
         assert agree < (0.05 if CUDA else 1e-4), f"{mix}: loss and norms {outcomes}"
         fast, slow = alternate(5, ours, theirs)
-        area = sum(max(lengths) for _ in lengths) / sum(lengths)
+        slots = sum(len(b) * max(lengths[i] for i in b) for b in padded_batches(lengths, budget)) / sum(lengths)
         medians = [f"{statistics.median(times):.2f}" for times in (fast, slow)]
-        rows.append([mix, len(lengths), sum(lengths), max(lengths), f"{area:.1f}", *medians, f"**{ratio(slow, fast)}**"])
-    columns = "lengths | sequences | tokens | longest | B x T / tokens | packed, s | padded, s | padded / packed"
-    table(f"One update, packed against padded ({budget} tokens or slots a micro-batch)", columns, rows)
+        rows.append([mix, budget, len(lengths), sum(lengths), slots, *medians, f"**{ratio(slow, fast)}**"])
+    columns = "lengths | budget | sequences | tokens | padded slots / tokens | packed, s | padded, s | padded / packed"
+    table(f"One update, packed against padded (answers up to {longest} tokens)", columns, rows)
 
 
 # ------------------------------------------------------------------------------------------------------------ logprob
@@ -291,6 +304,7 @@ def our_run(flags: list[str]) -> list[dict]:
 def trl_run(model: str, prompts: int, samples: int, new: int, steps: int, use_vllm: bool) -> list[dict]:
     """Seconds of each step of TRL's GRPO but the first, and of the parts that take most of it."""
     from datasets import Dataset
+    from transformers import TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
 
     engine = {}
@@ -303,7 +317,7 @@ def trl_run(model: str, prompts: int, samples: int, new: int, steps: int, use_vl
         engine = {"use_vllm": True, "vllm_mode": "colocate", "vllm_max_model_length": 64 + new}
     config = GRPOConfig(
         output_dir="trl", per_device_train_batch_size=prompts * samples, num_generations=samples, max_steps=steps,
-        max_completion_length=new, learning_rate=1e-4, beta=0.0, gradient_checkpointing=False, bf16=False,
+        max_completion_length=new, learning_rate=1e-6, beta=0.0, gradient_checkpointing=False, bf16=False,
         use_cpu=not CUDA, report_to="none", save_strategy="no", logging_steps=1, disable_tqdm=True, seed=0, **engine,
     )  # fmt: skip
     rows = load_bench("train", 0, "base")[: prompts * steps]
@@ -311,10 +325,7 @@ def trl_run(model: str, prompts: int, samples: int, new: int, steps: int, use_vl
         model=model, args=config, train_dataset=Dataset.from_list([{"prompt": row["prompt"]} for row in rows]),
         reward_funcs=lambda completions, **_: [variety(text) for text in completions],
     )  # fmt: skip
-    parts: dict[str, float] = {}
-    names = {"generate": "_generate_single_turn", "reward": "_calculate_rewards", "loss": "compute_loss"}
-    names |= {"forward": "_get_per_token_logps_and_entropies", "step": "training_step"}
-    history = []
+    parts, history = {}, []
 
     def watch(key: str, call: Callable) -> Callable:
         def watched(*given, **named):
@@ -323,23 +334,21 @@ def trl_run(model: str, prompts: int, samples: int, new: int, steps: int, use_vl
 
         return watched
 
-    for key, name in names.items():
-        setattr(trainer, name, watch(key, getattr(trainer, name)))
-    begun = time.perf_counter()
-    for callback in [trainer.callback_handler]:
-        after = callback.on_step_end
+    class Clock(TrainerCallback):
+        def on_step_begin(self, *_, **__):
+            self.begun = time.perf_counter()
 
-        def on_step_end(*given, **named):
-            nonlocal begun
-            history.append({**parts, "time/whole": time.perf_counter() - begun})
+        def on_step_end(self, *_, **__):
+            history.append(parts | {"time/step": time.perf_counter() - self.begun})
             parts.clear()
-            begun = time.perf_counter()
-            return after(*given, **named)
 
-        callback.on_step_end = on_step_end
+    watched = {"generate": "_generate_single_turn", "reward": "_calculate_rewards", "loss": "compute_loss"}
+    for key, name in watched.items() | {("log-probs", "_get_per_token_logps_and_entropies")}:
+        setattr(trainer, name, watch(key, getattr(trainer, name)))
+    trainer.add_callback(Clock())
     trainer.train()
     lengths = [row["completions/mean_length"] for row in trainer.state.log_history if "completions/mean_length" in row]
-    return [row | {"length": n} for row, n in zip(history, lengths)][1:]
+    return [row | {"rollout/length_mean": n} for row, n in zip(history, lengths)][1:]
 
 
 def trl() -> None:
@@ -351,35 +360,23 @@ def trl() -> None:
     if not importlib.util.find_spec("trl"):
         print("\ntrl: not installed (pip install --no-deps trl==1.16.0 datasets)")
         return
-    prompts, samples, new, steps = 64, 4, 128, 5
-    rows, phases = [], []
-    for hidden, layers in ((128, 3), (256, 4)):
-        with tempfile.TemporaryDirectory(prefix="bench-") as folder:
-            model = make_model(f"{folder}/model", hidden, layers)
-            size = {"prompts": prompts, "samples": samples, "new": new, "steps": steps}
-            flags = {"model": model, "task": "bench", "prompts_per_step": prompts, "samples_per_prompt": samples,
-                     "max_prompt_tokens": 64, "max_new_tokens": new, "max_tokens_per_microbatch": 8000, "lr": 1e-4,
-                     "steps": steps, "engine": "vllm"}  # fmt: skip
-            flags = [text for name, value in flags.items() for text in (f"--{name}", str(value))]
-            ours, theirs, both = [], [], []
-            for turn in range(2):
-                ours += child(our_run, flags=flags)
-                theirs += child(trl_run, model=model, use_vllm=False, **size)
-                if not turn:
-                    both += child(trl_run, model=model, use_vllm=True, **size)
-            name = f"{parameters(model)}"
-        step = [row["time/step"] for row in ours]
-        for engine, runs in (("transformers", theirs), ("vLLM", both)):
-            seconds = [row["time/whole"] for row in runs]
-            lengths = [statistics.mean(row[key] for row in some) for some, key in ((ours, "rollout/length_mean"), (runs, "length"))]
-            rows.append([name, engine, *(f"{n:.0f}" for n in lengths), statistics.median(step), spread(seconds),
-                         f"**{ratio(seconds, step[: len(seconds)])}**"])  # fmt: skip
-        for who, runs in (("ours", ours), ("TRL, transformers", theirs), ("TRL, vLLM", both)):
-            mean = {key[5:]: statistics.median(row[key] for row in runs) for key in runs[0] if key.startswith("time/")}
-            phases.append([name, who, ", ".join(f"{key} {seconds:.2f}" for key, seconds in mean.items() if seconds > 0.005)])
-    table(f"A step of {prompts} x {samples} samples of at most {new} tokens, ours against TRL's GRPO",
-          "model | TRL's engine | tokens, ours | tokens, TRL | ours, s | TRL, s | TRL / ours", rows)  # fmt: skip
-    table("Where it goes, seconds (TRL: loss contains forward; step all but the optimizer)", "model | | ", phases)
+    size, runs = {"prompts": 64, "samples": 4, "new": 128, "steps": 5}, {"ours": [], "transformers": [], "vLLM": []}
+    with tempfile.TemporaryDirectory(prefix="bench-") as folder:
+        model = make_model(f"{folder}/model", 128, 3)
+        for _ in range(2):
+            runs["ours"] += child(our_run, flags=["--model", model, "--task", "bench", "--steps", "5", *TRL])
+            runs["transformers"] += child(trl_run, model=model, use_vllm=False, **size)
+        runs["vLLM"] = child(trl_run, model=model, use_vllm=True, **size)
+        title = f"A step of 64 x 4 samples of at most 128 tokens, {parameters(model)} parameters: ours against TRL's GRPO"
+    rows, ours = [], [row["time/step"] for row in runs["ours"]]
+    for who, steps in runs.items():
+        seconds, length = ([row[key] for row in steps] for key in ("time/step", "rollout/length_mean"))
+        phases = {key[5:]: statistics.median(row[key] for row in steps) for key in steps[0] if key.startswith("time/")}
+        text = ", ".join(f"{name} {t:.2f}" for name, t in phases.items() if t > 0.005 and name != "step")
+        against = f"**{ratio(seconds, ours[: len(seconds)])}**" if who != "ours" else ""
+        name = who if who == "ours" else f"TRL, {who}"
+        rows.append([name, f"{statistics.mean(length):.0f}", spread(seconds), against, text])
+    table(title, "| answer, tokens | step, s | TRL / ours | parts, s (TRL: loss is its forward, with log-probs)", rows)
 
 
 # ----------------------------------------------------------------------------------------------------------- sampling
@@ -451,12 +448,6 @@ def sync_run(model: str, rounds: int) -> dict[str, list[float]]:
     return dict(zip(("load", "canary"), times))
 
 
-DEMO = ["--prompts_per_step", "128", "--samples_per_prompt", "4", "--minibatch_size", "256", "--max_prompt_tokens", "32",
-        "--max_new_tokens", "160", "--max_tokens_per_microbatch", "8000"]  # run_cpu.sh  # fmt: skip
-TRL = ["--prompts_per_step", "64", "--samples_per_prompt", "4", "--max_prompt_tokens", "64", "--max_new_tokens", "128",
-       "--max_tokens_per_microbatch", "8000"]  # fmt: skip
-
-
 def sync() -> None:
     """Seconds that the engine needs for the trainer's new weights, and the canary (four answers a rank of at most 64
     tokens, whose log-probs the trainer must find again); then the share of both in whole steps of ppo.py, by its own
@@ -470,7 +461,7 @@ def sync() -> None:
                 milliseconds = [spread([1000 * t for t in times[name]], 0) for name in ("load", "canary")]
                 rows.append([parameters(model), ranks or 1, *milliseconds])
         for name, flags, ranks in (("as in `trl`", TRL, 0), ("run_cpu.sh", DEMO, 0), ("run_cpu.sh", DEMO, 2)):
-            flags = ["--model", f"{folder}/128", "--task", "bench", "--steps", "5", "--lr", "1e-4", *flags]
+            flags = ["--model", f"{folder}/128", "--task", "bench", "--steps", "5", *flags]
             steps = child(our_run, ranks, flags=flags)
             part = [100 * row["time/sync"] / row["time/step"] for row in steps]
             seconds = [statistics.median(row[key] for row in steps) for key in ("time/sync", "time/step")]
