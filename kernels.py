@@ -115,7 +115,8 @@ def shard(model: nn.Module, accelerator, checkpointing: bool, offload: bool) -> 
         model.gradient_checkpointing_enable({"use_reentrant": False})
     if not accelerator.is_fsdp2:
         return accelerator.prepare_model(model)
-    plugin, plugin.transformer_cls_names_to_wrap = accelerator.state.fsdp_plugin, None  # it remembers the first model's
+    plugin = accelerator.state.fsdp_plugin
+    plugin.transformer_cls_names_to_wrap = None  # else those of the first model, for every model
     plugin.cpu_offload = CPUOffloadPolicy(pin_memory=torch.cuda.is_available()) if offload else OffloadPolicy()
     return fsdp2_prepare_model(accelerator, model)
 
@@ -145,9 +146,8 @@ def full_weights(model: nn.Module, dtype: torch.dtype) -> Iterator[tuple[str, Te
             break
     for name, p in model.named_parameters():
         if name not in sent:
-            p = p.detach()
-            p = p.to(p.device_mesh.device_type, dtype).full_tensor() if isinstance(p, DTensor) else p.to(dtype)
-            yield name, p
+            p = p.detach().to(p.device_mesh.device_type if isinstance(p, DTensor) else p.device, dtype)
+            yield name, p.full_tensor() if isinstance(p, DTensor) else p
 
 
 def optimizer_step(model: nn.Module, optimizer, lr: float, max_norm: float, batch: NamedTuple, dump) -> Tensor:
@@ -258,7 +258,7 @@ def roofline() -> tuple[float, str]:
     if known := next((name for name in PEAKS if name in card), None):
         return PEAKS[known], f"{PEAKS[known] / 1e12:.0f} TFLOP/s ({card}, data sheet)"
     n, times = (8192, {}) if cuda else (1024, {})
-    x = torch.ones(n, n, device="cuda" if cuda else "cpu", dtype=torch.bfloat16 if cuda else torch.float32)
+    x = torch.randn(n, n, device="cuda" if cuda else "cpu", dtype=torch.bfloat16 if cuda else torch.float32)
     for attempt in "12345":
         with timed(times, attempt):
             x @ x
