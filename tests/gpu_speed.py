@@ -85,7 +85,7 @@ def speed(size: str, critic: bool, accelerator, micro: list, changed: dict) -> N
             for p in some:
                 run(model, p, critic, True)
             passes.append(clock() - began)
-            kernels.optimizer_step(model, optimizer, 1e-6, None, None)
+            kernels.optimizer_step(model, optimizer, 1e-6, max_norm=1.0, batch=None, dump=None)
             steps.append(clock() - began - passes[-1])
     finally:
         kernels.LIGER_LOGPROB = fused
@@ -113,7 +113,7 @@ def phases(accelerator, micro: list, title: str, naive: bool = False, offload: b
                 model, optimizer = models[critic]
                 run(model, fullest, bool(critic), phase != "forward")
                 if phase != "forward":
-                    kernels.optimizer_step(model, optimizer, 1e-6, None, None)
+                    kernels.optimizer_step(model, optimizer, 1e-6, max_norm=1.0, batch=None, dump=None)
                 kernels.reshard(model)  # a forward alone leaves the head gathered
             cells |= {f"{phase} GB": gb("max_memory_allocated"), f"{phase} s": clock() - began}
             if phase == "warm-up":
