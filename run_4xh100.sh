@@ -9,6 +9,8 @@
 #   RECIPE=countdown-3b-instruct bash run_4xh100.sh           # Qwen2.5-3B-Instruct with its chat template, 2 GPUs
 #   bash run_4xh100.sh --steps 0 --plan_gpus 4 --plan_gb 80   # will it fit? needs no GPU
 #
+#   NNODES=2 HEAD=node0:29500 bash run_4xh100.sh --replicas 2  # on each of two nodes that share this folder
+#
 # Flags after the script's name win over its own. So do N_GPUS, BASE_MODEL, CRITIC_MODEL, DATA_DIR (files instead of the
 # hub), EXPERIMENT_NAME and ROLLOUT_TP_SIZE.
 set -euo pipefail
@@ -24,7 +26,7 @@ case $RECIPE in
 esac
 BASE_MODEL=${BASE_MODEL:-$model}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-4}              # a GPU's process has little to do on the CPU
-export PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True   # packed rows come in all sizes
+export PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True   # packed rows come in all sizes; vLLM turns it off for its own
 
 FLAGS=( # what all of them share: TinyZero's settings, which the run on Eurus kept
   --model "$BASE_MODEL" --critic_model "${CRITIC_MODEL:-$BASE_MODEL}"  # the critic starts as the policy does
@@ -61,4 +63,6 @@ fi
 case " $* " in
   *" --plan_gpus "*) exec python ppo.py "${FLAGS[@]}" "$@" ;;        # arithmetic only
 esac
-exec torchrun --standalone --nproc_per_node "${N_GPUS:-$gpus}" ppo.py "${FLAGS[@]}" "$@"
+where=(--standalone)
+[ "${NNODES:-1}" -gt 1 ] && where=(--nnodes "$NNODES" --rdzv_backend c10d --rdzv_endpoint "$HEAD" --rdzv_id "$RECIPE")
+exec torchrun "${where[@]}" --nproc_per_node "${N_GPUS:-$gpus}" ppo.py "${FLAGS[@]}" "$@"
