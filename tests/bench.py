@@ -21,9 +21,9 @@ from datetime import date
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-QUIET = {"HF_HUB_OFFLINE": "1", "VLLM_LOGGING_LEVEL": "ERROR", "TORCH_CPP_LOG_LEVEL": "ERROR", "PYTHONWARNINGS": "ignore"}
-for name, value in {**QUIET, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}.items():
-    os.environ.setdefault(name, value)
+os.environ |= {"HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore", "OMP_WAIT_POLICY": "PASSIVE"}
+os.environ |= {"VLLM_LOGGING_LEVEL": "ERROR", "TORCH_CPP_LOG_LEVEL": "ERROR"}
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import ppo  # noqa: E402, I001  (first: the guard for the name `kernels`)
 
@@ -37,11 +37,12 @@ import rollout  # noqa: E402
 import tiny  # noqa: E402
 
 CUDA = torch.cuda.is_available()
-DEVICE = "cuda" if CUDA else "cpu"
+DEVICE, DTYPE = ("cuda", torch.bfloat16) if CUDA else ("cpu", torch.float32)
 # flags of ppo.py: the step that TRL is compared with, and run_cpu.sh
-DEMO = ["--prompts_per_step", "128", "--samples_per_prompt", "4", "--minibatch_size", "256", "--max_prompt_tokens", "32",
-        "--max_new_tokens", "160", "--max_tokens_per_microbatch", "8000", "--lr", "1e-6"]  # fmt: skip
-TRL = ["--prompts_per_step", "64", "--samples_per_prompt", "4", "--max_prompt_tokens", "64", "--max_new_tokens", "128",
+DEMO = ["--prompts_per_step", "128", "--samples_per_prompt", "4", "--minibatch_size", "256",
+        "--max_prompt_tokens", "32", "--max_new_tokens", "160", "--max_tokens_per_microbatch", "8000",
+        "--lr", "1e-6"]  # fmt: skip
+TRL = ["--max_new_tokens", "256", "--prompts_per_step", "64", "--samples_per_prompt", "4", "--max_prompt_tokens", "64",
        "--max_tokens_per_microbatch", "8000", "--lr", "1e-6"]  # fmt: skip
 
 # ---------------------------------------------------------------------------------------------------------- measuring
@@ -90,8 +91,9 @@ def child(function: Callable, ranks: int = 0, threads: int = 1, **given):
         return json.loads(Path(folder, "answer").read_text())
 
 
-def make_model(path: str, hidden: int, layers: int, vocab: int = 384) -> str:
-    """A random Qwen2 with heads of 32 or 64 and the tokenizer of tests/tiny.py."""
+def make_model(path: str, hidden: int, layers: int, vocab: int = 384, stops: bool = False) -> str:
+    """A random Qwen2 with the tokenizer of tests/tiny.py. It seldom ends an answer, or, with `stops`, after any token
+    with a chance of about one in fifty, so that lengths have a long tail."""
     torch.manual_seed(0)
     tokenizer = tiny.make_tokenizer()
     config = Qwen2Config(
@@ -100,7 +102,12 @@ def make_model(path: str, hidden: int, layers: int, vocab: int = 384) -> str:
         initializer_range=0.05, tie_word_embeddings=True, bos_token_id=None, pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id,
     )  # fmt: skip
-    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(path)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    if stops:
+        with torch.no_grad():  # all embeddings share a large part, and that of EOS is larger
+            model.get_input_embeddings().weight[:, 0] = 2.0
+            model.get_input_embeddings().weight[config.eos_token_id, 0] = 2.8
+    model.save_pretrained(path)
     tokenizer.save_pretrained(path)
     return path
 
@@ -174,7 +181,7 @@ def padded_update(policy, critic, ids, mask, lengths: list[int], budget: int) ->
 
 
 def draw(mix: str, tokens: int, longest: int) -> list[int]:
-    """long-tailed: log-normal with a mean of 0.15 of the limit, as answers of reasoning models are, cut at the limit."""
+    """long-tailed: log-normal, mean 0.15 of the limit, as answers of reasoning models are; cut at the limit."""
     rng, lengths = random.Random(mix), []
     while sum(lengths) < tokens:
         long_tailed = 0.15 * longest * rng.lognormvariate(-0.5, 1.0)
@@ -184,13 +191,13 @@ def draw(mix: str, tokens: int, longest: int) -> list[int]:
 
 
 def packed() -> None:
-    """Forward and backward of policy and critic over one batch: rows packed by data.plan_microbatches through kernels.py,
-    against right-padded batches in the order drawn, with attention mask, transformers' sdpa and logits. Fair: the same
-    weights, loss and limit on the area of a micro-batch; the padded way makes logits of response tokens only, which
-    few trainers do. Checked first: equal loss and gradient norms."""
+    """Forward and backward of policy and critic over one batch: rows packed by data.plan_microbatches, through
+    kernels.py, against right-padded batches in the order drawn, with attention mask, transformers' sdpa and
+    logits. Fair: the same weights, loss and limit on the area of a micro-batch; the padded way makes logits of response
+    tokens only, which few trainers do. Checked first: equal loss and gradient norms."""
     longest, vocab, rows = 512, 8192, []
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
-        path = make_model(f"{folder}/model", 256, 2, vocab)
+        path = make_model(f"{folder}/model", 256, 4, vocab)
         _, policy, critic = load_pair(path)
         options = {"dtype": torch.float32, "attn_implementation": "sdpa"}
         plain = AutoModelForCausalLM.from_pretrained(path, **options).to(DEVICE)
@@ -260,22 +267,16 @@ def logprob() -> None:
     """kernels.token_logprobs against its specification, which makes all logits: log-prob and entropy with gradients for
     hidden states and head. Memory is what a fresh process takes at its peak beyond its inputs; times are taken in turn
     in another process. Two threads."""
-    rows = []
-    free = next(int(line.split()[1]) for line in open("/proc/meminfo") if line.startswith("MemAvailable")) / 2**20
-    free = torch.cuda.mem_get_info()[0] / 2**30 if CUDA else free
-    for shape, rounds in (((1024, 32_000, 256), 7), ((4096, 32_000, 256), 5), ((1024, 151_936, 896), 3),
-                          ((4096, 151_936, 896), 0)):  # fmt: skip
-        needs = 6 * 4 * shape[0] * shape[1] / 2**30
-        if needs > free:
-            rows.append([*shape, "", f"would need {needs:.0f} GB of {free:.0f}", "", "", "", ""])
+    rows, both = [], ("token_logprobs", "token_logprobs_ref")
+    free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES") if not CUDA else torch.cuda.mem_get_info()[0]
+    for *shape, rounds in ((1024, 32_000, 256, 7), (4096, 32_000, 256, 5), (1024, 151_936, 896, 3)):
+        if (needs := 6 * 4 * shape[0] * shape[1]) > free:
+            rows.append([*shape, f"the naive way needs some {needs / 2**30:.0f} GB"] + [""] * 5)
             continue
-        chunked, naive = (child(peak, threads=2, which=w, shape=shape) for w in ("token_logprobs", "token_logprobs_ref"))
-        memory = [f"{chunked:.0f}", f"{naive:.0f}", f"**1/{naive / chunked:.1f}**"]
-        if not rounds and not CUDA:
-            rows.append([*shape, *memory, "", "", "not timed"])
-            continue
-        fast, slow = child(head_times, threads=2, shape=shape, rounds=rounds or 5)
-        rows.append([*shape, *memory, *map(statistics.median, (fast, slow)), f"**{ratio(fast, slow)}**"])
+        chunked, naive = (child(peak, threads=2, which=which, shape=shape) for which in both)
+        fast, slow = child(head_times, threads=2, shape=shape, rounds=rounds)
+        rows.append([*shape, f"{chunked:.0f}", f"{naive:.0f}", f"**1/{naive / chunked:.1f}**",
+                     *map(statistics.median, (fast, slow)), f"**{ratio(fast, slow)}**"])  # fmt: skip
     columns = "tokens | vocabulary | hidden | chunked, MB | naive, MB | ratio | chunked, s | naive, s | ratio"
     table("Log-prob and entropy, forward and backward, without the logits", columns, rows)
 
@@ -354,29 +355,32 @@ def trl_run(model: str, prompts: int, samples: int, new: int, steps: int, use_vl
 def trl() -> None:
     """A whole step of ppo.py, with vLLM, against one of TRL's GRPO: same prompts, samples, model, lengths, reward, one
     optimizer step, fp32, one process with one thread. TRL: no reference (beta 0), no checkpointing, the batch in one
-    piece, its default engine (transformers), and vLLM in its process. Not equal, in TRL's favour: GRPO has no critic,
-    ours has one to run and train, and proves after every step that the engine has the new weights. TRL supports vLLM 0.22 to
-    0.31 and GPUs; on CPU its weight sync raises, so that run has the corrections of rollout._prepare_cpu."""
+    piece, its default engine (transformers), or vLLM in its process. Not equal, in TRL's favour: GRPO has no critic,
+    ours has one to run and train, and proves after every step that the engine has the new weights. TRL supports
+    vLLM 0.22 to 0.31 and GPUs; on CPU its weight sync raises, so that run has our corrections, _prepare_cpu."""
     if not importlib.util.find_spec("trl"):
         print("\ntrl: not installed (pip install --no-deps trl==1.16.0 datasets)")
         return
-    size, runs = {"prompts": 64, "samples": 4, "new": 128, "steps": 5}, {"ours": [], "transformers": [], "vLLM": []}
-    with tempfile.TemporaryDirectory(prefix="bench-") as folder:
-        model = make_model(f"{folder}/model", 128, 3)
-        for _ in range(2):
-            runs["ours"] += child(our_run, flags=["--model", model, "--task", "bench", "--steps", "5", *TRL])
-            runs["transformers"] += child(trl_run, model=model, use_vllm=False, **size)
-        runs["vLLM"] = child(trl_run, model=model, use_vllm=True, **size)
-        title = f"A step of 64 x 4 samples of at most 128 tokens, {parameters(model)} parameters: ours against TRL's GRPO"
-    rows, ours = [], [row["time/step"] for row in runs["ours"]]
-    for who, steps in runs.items():
-        seconds, length = ([row[key] for row in steps] for key in ("time/step", "rollout/length_mean"))
-        phases = {key[5:]: statistics.median(row[key] for row in steps) for key in steps[0] if key.startswith("time/")}
-        text = ", ".join(f"{name} {t:.2f}" for name, t in phases.items() if t > 0.005 and name != "step")
-        against = f"**{ratio(seconds, ours[: len(seconds)])}**" if who != "ours" else ""
-        name = who if who == "ours" else f"TRL, {who}"
-        rows.append([name, f"{statistics.mean(length):.0f}", spread(seconds), against, text])
-    table(title, "| answer, tokens | step, s | TRL / ours | parts, s (TRL: loss is its forward, with log-probs)", rows)
+    size = {"prompts": 64, "samples": 4, "new": 256, "steps": 4}
+    for stops, launches in ((True, 2), (False, 1)):
+        runs: dict[str, list[dict]] = {"ours": [], "transformers": [], "vLLM": []}
+        with tempfile.TemporaryDirectory(prefix="bench-") as folder:
+            model = make_model(f"{folder}/model", 128, 3, stops=stops)
+            for _ in range(launches):
+                runs["ours"] += child(our_run, flags=["--model", model, "--task", "bench", "--steps", "4", *TRL])
+                for engine in ("transformers", "vLLM"):
+                    runs[engine] += child(trl_run, model=model, use_vllm=engine == "vLLM", **size)
+        rows, ours = [], [row["time/step"] for row in runs["ours"]]
+        for who, steps in runs.items():
+            seconds, length = ([row[key] for row in steps] for key in ("time/step", "rollout/length_mean"))
+            parts = {key: statistics.median(row[key] for row in steps) for key in steps[0] if key.startswith("time/")}
+            text = ", ".join(f"{key[5:]} {t:.2f}" for key, t in parts.items() if t > 0.005 and key != "time/step")
+            against = f"**{ratio(seconds, ours)}**" if who != "ours" else ""
+            name = who if who == "ours" else f"TRL, {who}"
+            rows.append([name, f"{statistics.mean(length):.0f}", spread(seconds), against, text])
+        lengths = "lengths with a long tail" if stops else "most answers as long as they may be"
+        table(f"A step of 64 x 4 answers of at most 256 tokens, {lengths}",
+              " | answer, tokens | step, s | TRL / ours | parts, s (TRL's loss: only its forward)", rows)  # fmt: skip
 
 
 # ----------------------------------------------------------------------------------------------------------- sampling
@@ -386,7 +390,7 @@ def sampling_run(model: str, prompts: int, n: int, new: int) -> list[list[float]
     """Tokens a second of each round, bare vLLM and through the sampler."""
     from vllm import SamplingParams
 
-    engine = rollout.VLLMSampler(model, [1], 64 + new, dtype="bfloat16" if CUDA else "float32")
+    engine = rollout.VLLMSampler(model, [1], 64 + new, dtype=str(DTYPE)[6:])
     rng = random.Random(0)
     asked = [[rng.randrange(2, 300) for _ in range(rng.randrange(16, 48))] for _ in range(prompts)]
     params = [SamplingParams(n=n, max_tokens=new, seed=i * n, stop_token_ids=[1], ignore_eos=True, logprobs=0,
@@ -408,8 +412,8 @@ def sampling_run(model: str, prompts: int, n: int, new: int) -> list[list[float]
 
 
 def sampling() -> None:
-    """Tokens a second through rollout.VLLMSampler.sample against vllm.LLM.generate itself: the same engine object, prompts,
-    seeds and sampling parameters, in turn. The difference is what the sampler adds: parameters, and lists of results."""
+    """Tokens a second through rollout.VLLMSampler.sample against vllm.LLM.generate itself: the same engine object,
+    prompts, seeds and sampling parameters, in turn. The difference is what the sampler adds: parameters and lists."""
     rows = []
     for hidden, layers, prompts, n in ((128, 3, 64, 4), (256, 4, 32, 4)):
         with tempfile.TemporaryDirectory(prefix="bench-") as folder:
@@ -425,15 +429,12 @@ def sampling() -> None:
 
 def sync_run(model: str, rounds: int) -> dict[str, list[float]]:
     """Seconds of a weight sync and of a canary like that of ppo.py."""
-    accelerator, ranks = kernels.start_ranks(bf16=CUDA, sp=1)
-    kernels.setup("qwen2", liger=False, progress=False, bf16=CUDA)
-    dtype = torch.bfloat16 if CUDA else torch.float32
-    engine = rollout.VLLMSampler(model, [1], 256, dtype=str(dtype)[6:])
-    policy = kernels.load_policy(model, accelerator, False)
+    ranks, policy, _ = load_pair(model)
+    engine = rollout.VLLMSampler(model, [1], 256, dtype=str(DTYPE)[6:])
     prompts = [[5 + i] * 30 for i in range(4)]
 
     def load():
-        engine.load(kernels.full_weights(policy, dtype))
+        engine.load(kernels.full_weights(policy, DTYPE))
 
     @torch.no_grad()
     def canary():
@@ -451,11 +452,11 @@ def sync_run(model: str, rounds: int) -> dict[str, list[float]]:
 def sync() -> None:
     """Seconds that the engine needs for the trainer's new weights, and the canary (four answers a rank of at most 64
     tokens, whose log-probs the trainer must find again); then the share of both in whole steps of ppo.py, by its own
-    metrics. The model of those steps is random and its answers long: a share for long steps, but an honest canary."""
+    metrics. The model of those steps is random."""
     rows, shares = [], []
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
         for hidden, layers, vocab in ((128, 3, 384), (256, 8, 8192), (512, 8, 32_000)):
-            model = make_model(f"{folder}/{hidden}", hidden, layers, vocab)
+            model = make_model(f"{folder}/{hidden}", hidden, layers, vocab, stops=True)
             for ranks in (0, 2):
                 times = child(sync_run, ranks, model=model, rounds=5)
                 milliseconds = [spread([1000 * t for t in times[name]], 0) for name in ("load", "canary")]
@@ -491,15 +492,15 @@ def scaling_run(model: str, lengths: list[int], tokens: int, rounds: int) -> lis
 
 
 def scaling() -> None:
-    """An update (both models, forward, backward, optimizer) of as many tokens in sequences of other lengths: layers cost
-    the same, attention grows with the length. Then in one, two and four processes under torchrun, where FSDP2 gathers
-    and reduces: more processes than cores cannot be faster, they show what sharding costs."""
+    """An update (both models, forward, backward, optimizer) of as many tokens in sequences of other lengths: layers
+    cost the same, attention grows with the length. Then in one, two and four processes under torchrun, where FSDP2
+    gathers and reduces: more processes than cores cannot be faster, they show what sharding costs."""
     lengths, tokens, cores = [512, 1024, 2048, 4096, 8192], 8192, os.cpu_count()
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
         model = make_model(f"{folder}/model", 128, 2)
         times = child(scaling_run, model=model, lengths=lengths, tokens=tokens, rounds=5)
         rows = [[n, statistics.median(t), ratio(t, times[0])] for n, t in zip(lengths, times)]
-        table(f"An update of {tokens} tokens, by the length of its sequences", "length | seconds | against the first", rows)
+        table(f"An update of {tokens} tokens, by the length of its sequences", "length | seconds | ratio", rows)
         rows, rounds = [], 2  # launches in turn
         shapes = (0, 1, 2, 4)
         runs = [[child(scaling_run, n, model=model, lengths=[1024], tokens=16384, rounds=3)[0] for n in shapes]
@@ -508,7 +509,7 @@ def scaling() -> None:
         for n, t in zip(shapes, columns):
             note = " (more than cores)" if n > cores else ""
             rows.append([f"{n or 'one, without torchrun'}{note}", statistics.median(t), ratio(t, columns[0])])
-        table(f"An update of 16384 tokens in sequences of 1024, {cores} cores", "processes | seconds | against one", rows)
+        table(f"An update of 16384 tokens in sequences of 1024, {cores} cores", "processes | seconds | ratio", rows)
 
 
 # --------------------------------------------------------------------------------------------------------------- main
@@ -521,7 +522,8 @@ def main(wanted: list[str]) -> None:
     if unknown := [name for name in wanted if name not in PARTS]:
         raise SystemExit(f"no part {unknown[0]!r}: choose from {', '.join(PARTS)}")
     processor = torch.cuda.get_device_name() if CUDA else platform.processor() or platform.machine()
-    print(f"{date.today()}, {os.cpu_count()} cores, {processor}, torch {torch.__version__}; load {os.getloadavg()[0]:.1f}")
+    load = os.getloadavg()[0]
+    print(f"{date.today()}, {os.cpu_count()} cores, {processor}, torch {torch.__version__}, load {load:.1f}")
     for name in wanted or PARTS:
         begun = time.perf_counter()
         PARTS[name]()

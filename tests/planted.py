@@ -25,6 +25,7 @@ class Bug(NamedTuple):
 
 
 MATH, ALIGNMENT, KERNELS = ("test_math.py",), ("test_alignment.py",), ("test_kernels.py",)
+EXACT = ("test_exact.py",)
 DATA, REWARDS, TRAIN = ("test_data.py",), ("test_rewards.py",), ("test_train.py",)
 PACKING = ("test_plan_microbatches.py",)
 SANDBOX, EQUALITY, SOURCES = ("test_sandbox.py",), ("test_equality.py",), ("test_sources.py",)
@@ -95,6 +96,17 @@ BUGS = [
         "model.lm_head.__class__ = LogprobHead\n    model.lm_head.weight = nn.Parameter(model.lm_head.weight.clone())",
         KERNELS),
     # data
+    Bug("cache-on", "kernels.py", "use_cache=False, **where", "use_cache=None, **where", EXACT),
+    Bug("offload-ignored", "kernels.py", "if offload else OffloadPolicy()", "if False else OffloadPolicy()", EXACT),
+    Bug("replicas-ignored", "kernels.py", "world // replicas) if replicas > 1", "world // replicas) if False", EXACT),
+    Bug("layers-of-the-first-model", "kernels.py", "    plugin.transformer_cls_names_to_wrap = None", "    pass", EXACT),
+    Bug("liger-without-swiglu", "kernels.py", "swiglu=True", "swiglu=False", EXACT),
+    Bug("head-counted-on-prompts", "kernels.py", "c.vocab_size * c.hidden_size * responses", "c.vocab_size * c.hidden_size * sum(fed)",
+        KERNELS),
+    Bug("peaks-add-up", "kernels.py", 'Path("/proc/self/clear_refs").write_text("5")', "pass", KERNELS),
+    Bug("offload-not-planned", "memory.py", "0 if m in offload and bf16 else 1 / n", "1 / n", ("test_plan.py",)),
+    Bug("a-main-rank-on-every-node", "ppo.py", 'os.environ.get("RANK", 0)) == 0', 'os.environ.get("LOCAL_RANK", 0)) == 0',
+        ("test_nodes.py",)),
     Bug("held-out-leak", "data.py", "repr(sorted(numbers))", "repr(numbers)", DATA),
     Bug("unsolvable", "data.py", '"target": int(target)}\n        out', '"target": int(target) + 1}\n        out',
         DATA),
