@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -66,19 +67,19 @@ def start_ranks(bf16: bool, sp: int, replicas: int = 1):
         # Accelerate's own policy for bf16 would round outputs (log-probs, that is) and gradient sums to bf16 as well
         mixed_precision_policy=MixedPrecisionPolicy(torch.bfloat16, torch.float32) if bf16 else None,
     )
-    # two hours: ranks wait for the longest answer, and for disks. gloo is for what is offloaded: norms of its gradients
-    group = InitProcessGroupKwargs(backend="cuda:nccl,cpu:gloo", timeout=timedelta(hours=2))
+    # ranks wait for the longest answer, and for disks. gloo is for what is offloaded: norms of its gradients
+    patience = {"timeout": timedelta(hours=2)}
     world = int(os.environ["WORLD_SIZE"])
     accelerator = Accelerator(
         fsdp_plugin=plugin,
         mixed_precision=precision,
-        kwargs_handlers=[group] if cuda else [],
+        kwargs_handlers=[InitProcessGroupKwargs(backend="cuda:nccl,cpu:gloo", **patience)] if cuda else [],
         parallelism_config=ParallelismConfig(replicas, world // replicas) if replicas > 1 else None,
     )
-    rank, group = accelerator.process_index, None
-    if sp > 1:  # new_group is collective: every rank makes every group
-        group = [dist.new_group(list(range(first, first + sp))) for first in range(0, world, sp)][rank // sp]
-    return accelerator, Ranks(rank, world, rank // sp, world // sp, rank % sp, sp, group)
+    rank, rows = accelerator.process_index, range(0, world, sp)
+    # new_group is collective: every rank makes every group
+    groups = [dist.new_group([*range(i, i + sp)], **patience) if sp > 1 else None for i in rows]
+    return accelerator, Ranks(rank, world, rank // sp, len(rows), rank % sp, sp, groups[rank // sp])
 
 
 def load_policy(path: str, accelerator, checkpointing, trained=True, attention="varlen", offload=False) -> nn.Module:
@@ -121,13 +122,12 @@ def shard(model: nn.Module, accelerator, checkpointing: bool, offload: bool) -> 
     return fsdp2_prepare_model(accelerator, model)
 
 
-def reshard(model: nn.Module) -> list[FSDPModule]:
+def reshard(model: nn.Module) -> None:
     """After a forward without backward FSDP2 keeps the head gathered (0.5 GB at 1.5B), rounded to the compute dtype.
-    Gives it back; returns the units that are gathered together: every layer, the embedding, the head."""
-    units = [module for module in model.modules() if isinstance(module, FSDPModule)]
-    for unit in units:
-        unit.reshard()
-    return units
+    Gives it back."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def full_weights(model: nn.Module, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
@@ -135,7 +135,11 @@ def full_weights(model: nn.Module, dtype: torch.dtype) -> Iterator[tuple[str, Te
     one layer is alive at a time. A tied head comes once, as the embedding. The dtype that the model computes in is
     gathered a layer in one call, cast before it is sent; another (fp32 of a bf16 run, to be saved) tensor by tensor."""
     sent: set[str] = set()
-    for unit in reshard(model):
+    reshard(model)
+    for prefix, unit in model.named_modules():
+        left = [name for name, _ in model.named_parameters() if name.startswith(prefix) and name not in sent]
+        if not (isinstance(unit, FSDPModule) and left):  # norm, embedding and head come together, by one of their names
+            continue
         unit.unshard()
         whole = {name: p for name, p in model.named_parameters() if not isinstance(p, DTensor) and name not in sent}
         if same := all(p.dtype == dtype for p in whole.values()):
@@ -202,18 +206,16 @@ class Meter:
     def __init__(self):
         self.pairs: dict[str, Tensor] = {}  # name -> (2,) sum and count
 
-    def add(self, name: str, x: Tensor) -> None:
-        """x: any shape, masked entries left out by the caller. Does not wait for the device."""
-        x = x.detach().double()
-        pair = torch.stack([x.sum(), torch.full_like(x.sum(), x.numel())])
-        self.pairs[name] = self.pairs.get(name, 0.0) + pair
-
-    def add_all(self, prefix: str, **values: Tensor) -> None:
+    def add(self, prefix: str, **values: Tensor) -> None:
+        """Of any shape, masked entries left out by the caller. Does not wait for the device."""
         for name, x in values.items():
-            self.add(prefix + name, x)
+            x = x.detach().double()
+            pair = torch.stack([x.sum(), torch.full_like(x.sum(), x.numel())])
+            self.pairs[prefix + name] = self.pairs.get(prefix + name, 0.0) + pair
 
     def means(self, ranks: Ranks) -> dict[str, float]:
-        table = torch.stack(list(self.pairs.values()))  # every rank has added the same names in the same order
+        # every rank has added the same names in the same order; norms of offloaded gradients are on the CPU
+        table = torch.stack([pair.cpu() for pair in self.pairs.values()])
         if ranks.world > 1:
             dist.all_reduce(table)
         return {name: total / max(count, 1.0) for name, (total, count) in zip(self.pairs, table.tolist())}
@@ -223,30 +225,39 @@ class Meter:
 def timed(times: dict[str, float], phase: str):
     """Adds the block's seconds to times["time/<phase>"] and times["time/step"]; keeps the most memory that this process
     took in it in times["perf/peak_gb_<phase>"]. Waits for the GPU: the blame falls on the right phase."""
-    cuda, start = torch.cuda.is_available(), time.perf_counter()
-    if cuda:
+    start, before = time.perf_counter(), unseen()
+    if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     elif os.access("/proc/self/clear_refs", os.W_OK):  # Linux: from here on VmHWM is the peak of resident memory
         Path("/proc/self/clear_refs").write_text("5")
-    with torch.profiler.record_function(phase):
-        yield
-    if cuda:
+    yield
+    if torch.cuda.is_available():
         torch.cuda.synchronize()
     seconds, peak = time.perf_counter() - start, f"perf/peak_gb_{phase}"
     for name in (f"time/{phase}", "time/step"):
         times[name] = times.get(name, 0.0) + seconds
-    times[peak] = max(times.get(peak, 0.0), memory_peak())
+    times[peak] = max(times.get(peak, 0.0), memory_peak(before))
 
 
-def memory_peak() -> float:
-    """GB (2**30) that this process took of its card, or on CPU of the machine, since the last phase began."""
+def unseen() -> int:
+    """Bytes of the card that torch's allocator does not know of (contexts, NCCL), less those of a sleeping engine, that
+    it counts although they are free."""
+    if not torch.cuda.is_available():
+        return 0
+    free, total = torch.cuda.mem_get_info()
+    return total - free - torch.cuda.memory_reserved()
+
+
+def memory_peak(before: int = 0) -> float:
+    """GB (2**30) taken of the card, or on CPU by this process, at most since the phase began. `before` is what `unseen`
+    said then: an engine may wake or fall asleep in between, and is counted."""
     if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**30
-    lines = (line for status in Path("/proc/self").glob("status") for line in open(status))
+        return (torch.cuda.max_memory_allocated() + max(before, unseen())) / 2**30
+    lines = Path("/proc/self/status").read_text().splitlines() if os.path.exists("/proc/self/status") else []
     return sum(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) / 2**20
 
 
-# dense bf16 FLOP/s of data sheets; the first name that is part of the card's
+# dense bf16 FLOP/s of data sheets, by how a card's name begins; the first that fits
 PEAKS = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12}
 
 
@@ -255,14 +266,15 @@ def roofline() -> tuple[float, str]:
     """What one rank could do at most, in FLOP/s; and in words, with where that number is from."""
     cuda = torch.cuda.is_available()
     card = torch.cuda.get_device_name() if cuda else "CPU"
-    if known := next((name for name in PEAKS if name in card), None):
-        return PEAKS[known], f"{PEAKS[known] / 1e12:.0f} TFLOP/s ({card}, data sheet)"
-    n, times = (8192, {}) if cuda else (1024, {})
+    for name, peak in PEAKS.items():
+        if card.startswith(f"NVIDIA {name}") and "MIG" not in card:
+            return peak, f"{peak / 1e12:.0f} TFLOP/s ({card}, data sheet)"
+    n, laps = 8192 if cuda else 1024, [{} for _ in range(5)]
     x = torch.randn(n, n, device="cuda" if cuda else "cpu", dtype=torch.bfloat16 if cuda else torch.float32)
-    for attempt in "12345":
-        with timed(times, attempt):
+    for lap in laps:
+        with timed(lap, "matmul"):
             x @ x
-    peak = 2 * n**3 / min(times[f"time/{attempt}"] for attempt in "12345")
+    peak = 2 * n**3 / min(lap["time/matmul"] for lap in laps)
     return peak, f"{peak / 1e12:.2g} TFLOP/s ({card}, best of five matmuls)"
 
 
@@ -288,25 +300,22 @@ def utilisation(times: dict, models: list, fed: list[int], responses: int, epoch
     return row | speeds | {"perf/train_tokens_per_s": epochs * sum(fed) / seconds}
 
 
-def start_profile(wanted: bool):
-    """Records every operation of this process from now on, and on CUDA every allocation."""
-    if not wanted:
-        return None
-    if torch.cuda.is_available():
-        torch.cuda.memory._record_memory_history(max_entries=1_000_000)
-    profiler = torch.profiler.profile(record_shapes=True, profile_memory=True)
-    profiler.start()
-    return profiler
-
-
-def write_profile(profiler, folder: Path, ranks: Ranks) -> None:
-    """trace_rankR.json.gz for ui.perfetto.dev; on CUDA memory_rankR.pickle for pytorch.org/memory_viz."""
-    if profiler:
-        profiler.stop()
-        folder.mkdir(parents=True, exist_ok=True)
-        profiler.export_chrome_trace(str(folder / f"trace_rank{ranks.rank}.json.gz"))
-    if profiler and torch.cuda.is_available():
-        torch.cuda.memory._dump_snapshot(str(folder / f"memory_rank{ranks.rank}.pickle"))
+@contextmanager
+def profiled(folder: Path | None, name: str):
+    """Records every operation of the block in folder/name.json.gz, for ui.perfetto.dev; on CUDA also every allocation,
+    in name.pickle, for pytorch.org/memory_viz. Without a folder, nothing."""
+    if not folder:
+        yield
+        return
+    cuda = torch.cuda.is_available()
+    folder.mkdir(parents=True, exist_ok=True)
+    if cuda:
+        torch.cuda.memory._record_memory_history(max_entries=1_000_000, stacks="python")
+    with torch.profiler.profile(record_shapes=True, profile_memory=True) as profiler:
+        yield
+    profiler.export_chrome_trace(str(folder / f"{name}.json.gz"))
+    if cuda:
+        torch.cuda.memory._dump_snapshot(str(folder / f"{name}.pickle"))
         torch.cuda.memory._record_memory_history(enabled=None)
 
 
@@ -383,7 +392,6 @@ def critic_forward(critic: nn.Module, p: Packed, sp_group=None) -> Tensor:
 
 # ------------------------------------------------------------------------------------------- attention on packed rows
 
-
 HAS_FLASH_ATTN = importlib.util.find_spec("flash_attn") is not None
 
 
@@ -393,39 +401,24 @@ def varlen_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_se
     if not q.is_cuda:
         return _varlen_cpu(q, k, v, cu_seqlens.tolist(), scale)
     q, k = (x.to(v.dtype) for x in (q, k))  # under autocast RoPE leaves them in fp32
+    where = cu_seqlens, cu_seqlens, max_seqlen, max_seqlen
     if HAS_FLASH_ATTN:
         from flash_attn import flash_attn_varlen_func
 
-        return flash_attn_varlen_func(
-            q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, softmax_scale=scale, causal=True
-        )
+        return flash_attn_varlen_func(q, k, v, *where, softmax_scale=scale, causal=True)
     from torch.nn.attention.varlen import varlen_attn
 
     k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))  # torch 2.11 has no enable_gqa
-    return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, scale=scale, window_size=(-1, 0))
+    return varlen_attn(q, k, v, *where, scale=scale, window_size=(-1, 0))
 
 
 def _varlen_cpu(q: Tensor, k: Tensor, v: Tensor, bounds: list[int], scale: float) -> Tensor:
-    """Padded views of neighbours of similar length (at most a quarter of a view is padding), one sdpa call each.
-    A padded slot holds some later token: causal attention keeps it from every real query, and its output is dropped."""
-    out, first, count = [], 0, len(bounds) - 1
-    lengths = [b - a for a, b in zip(bounds, bounds[1:])]
-    while first < count:
-        last, longest, total = first, 0, 0
-        while last < count:
-            longest, total = max(longest, lengths[last]), total + lengths[last]
-            if total < 0.75 * longest * (last + 1 - first):
-                break
-            last += 1
-        width = max(lengths[first:last])
-        start = torch.tensor(bounds[first:last])[:, None]
-        real = torch.arange(width) < torch.tensor(lengths[first:last])[:, None]
-        slots = (start + torch.arange(width)).clamp(max=len(q) - 1)
-        view = (x[slots].transpose(1, 2) for x in (q, k, v))  # (sequences, heads, width, D)
-        attended = scaled_dot_product_attention(*view, is_causal=True, scale=scale, enable_gqa=True)
-        out.append(attended.transpose(1, 2)[real])
-        first = last
-    return torch.cat(out)
+    parts = []
+    for a, b in pairwise(bounds):
+        one = (x[a:b].transpose(0, 1)[None] for x in (q, k, v))  # (1, heads, tokens, D)
+        attended = scaled_dot_product_attention(*one, is_causal=True, scale=scale, enable_gqa=True)
+        parts.append(attended[0].transpose(0, 1))
+    return torch.cat(parts)
 
 
 class _AllToAll(torch.autograd.Function):
@@ -465,18 +458,21 @@ def setup(model_type: str, liger: bool, progress: bool, bf16: bool, attention: s
     from transformers import AttentionInterface
     from transformers.utils import logging
 
-    if torch.cuda.is_available() and not bf16:
+    cuda = torch.cuda.is_available()
+    if cuda and not bf16:
         raise ValueError("dtype=fp32 is for CPU: the packed attention kernels of CUDA take bf16 only, use --dtype bf16")
     logging.set_verbosity_error()
     (logging.enable_progress_bar if progress else logging.disable_progress_bar)()
     AttentionInterface.register("varlen", packed_attention)
-    inside = ("torch varlen", "flash-attn varlen")[HAS_FLASH_ATTN] if torch.cuda.is_available() else "per-sequence sdpa"
+    if attention == "flash_attention_2" and not HAS_FLASH_ATTN:
+        raise ValueError("attention=flash_attention_2 needs the package flash-attn: install it or use varlen")
+    inside = "per-sequence sdpa" if not cuda else "flash-attn varlen" if HAS_FLASH_ATTN else "torch varlen"
     return {
         "attention": inside if attention == "varlen" else f"{attention} of transformers",
         "log-probs": find_liger_logprobs() if liger else "chunked",
         "Liger": apply_liger(model_type) if liger else "off",
         "roofline of a rank": roofline()[1],
-        "compute": f"{'bfloat16' if bf16 else 'float32'} on {'cuda' if torch.cuda.is_available() else 'cpu'}",
+        "compute": f"{'bfloat16' if bf16 else 'float32'} on {'cuda' if cuda else 'cpu'}",
         "sharding": f"FSDP2 over {os.environ['WORLD_SIZE']} ranks" if "RANK" in os.environ else "none (one process)",
     }
 
@@ -565,17 +561,21 @@ LIGER_LOGPROB = None  # Liger's fused linear + scaled cross entropy, once `find_
 
 
 def find_liger_logprobs() -> str:
-    """Tries Liger's log-prob kernel for Hopper (pip install "liger-kernel[cutedsl]"), forward and backward: what cannot
-    be imported or compiled must not stop a run later. Says what was chosen."""
+    """Tries Liger's log-prob kernel for Hopper (pip install "liger-kernel[cutedsl]"), forward and backward, against the
+    specification: what cannot be imported, compiled or trusted must not hurt a run later. Says what was chosen."""
     global LIGER_LOGPROB
     if not (torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)):
         return "chunked"
-    hidden, weight = (torch.randn(n, 128, device="cuda").bfloat16().requires_grad_() for n in (300, 1000))
+    hidden, weight = (torch.randn(n, 128, device="cuda").div_(8).bfloat16().requires_grad_() for n in (3000, 1000))
+    targets = torch.arange(3000, device="cuda") % 1000
     try:
         from liger_kernel.ops.cutedsl.ops import fused_scaled_cross_entropy_sm90 as sm90
 
         LIGER_LOGPROB = sm90.LigerFusedScaledCrossEntropySM90Function.apply
-        sum(token_logprobs(hidden, weight, torch.arange(300, device="cuda"), 1.0)).sum().backward()
+        both = [f(hidden, weight, targets, 0.7) for f in (token_logprobs_ref, token_logprobs)]
+        both = [[*out, *torch.autograd.grad(sum(out).sum(), (hidden, weight))] for out in both]
+        errors = [((x - y).float().norm() / x.float().norm()).item() for x, y in zip(*both)]
+        assert max(errors) < 0.03, f"relative errors {errors}"
         return "Liger's kernel for Hopper"
     except Exception as error:  # a missing package, a compiler, a driver: anything
         LIGER_LOGPROB = None

@@ -70,7 +70,8 @@ def memory_items(
     piece, whole = (128 if bf16 else 16) << 20, 4 * tokens * policy.vocab
     chunk, alive = min(piece, whole), 3 if whole > piece else 2
     canary = 3 * min(chunk, 4 * 4 * 64 * policy.vocab)  # of four answers, cut at 64 tokens
-    moments = {"sampling": always | served | gathered | {"sync, canary": 2 * c * embedding * sharded + canary}}
+    # a tensor on its way to the engine (or, in fp32, to a checkpoint) is there whole and in parts
+    moments = {"sampling": always | served | gathered | {"sync, canary, save": 8 * embedding * sharded + canary}}
     always |= {} if bf16 else weights
 
     for name, s in trained.items():

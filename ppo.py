@@ -64,7 +64,7 @@ class Run:
     eval_temperature: float = 1.0  # 0: greedy
     eval_only: bool = False  # evaluate --model (a checkpoint's policy folder, say) and exit
     show_every: int = 10  # steps between two printed samples; 0: never
-    profile: int = 0  # this step is written to profile/ in the run folder, operation by operation; 0: none
+    profile: int = 0  # forward, update and sync of this step go to OUT/profile, operation by operation; 0: none
     wandb: str | None = None  # Weights & Biases project; same keys as metrics.jsonl
 
 
@@ -77,7 +77,7 @@ class Model:
     gradient_checkpointing: bool = True  # recompute activations of policy and critic: more time, far less memory
     attention: Literal["varlen", "sdpa", "flash_attention_2", "flex_attention"] = "varlen"  # others: transformers' own
     liger: bool = True  # Liger's RMSNorm, SwiGLU and (on Hopper, where its extra is installed) log-probs, on CUDA
-    offload: tuple[Literal["policy", "critic", "reference"], ...] = ()  # models that live in the machine's memory
+    offload: tuple[Literal["policy", "critic", "reference"], ...] = ()  # live in the machine's memory, step on its CPU
     replicas: int = 1  # copies of the sharded models (HSDP): one a node, say; 1: every rank holds another shard
     sp: int = 1  # ranks that share one packed row (Ulysses); must divide the attention heads and the world
 
@@ -162,7 +162,7 @@ def check(args: Args, world: int) -> list[PretrainedConfig]:
         except (OSError, ValueError) as error:
             raise ValueError(f"{flag}={path!r} is no Hugging Face folder, nor a hub id that can be reached") from error
     positive = "prompts_per_step samples_per_prompt max_prompt_tokens max_new_tokens max_seqs temperature ppo_epochs "
-    for flag in (positive + "minibatch tp sp eval_rows eval_samples test_seconds").split():
+    for flag in (positive + "minibatch tp sp replicas eval_rows eval_samples test_seconds").split():
         expect(getattr(args, flag) > 0, f"{flag}={getattr(args, flag)}: must be above 0")
     prompts, even = args.prompts_per_step, math.ceil(args.prompts_per_step / world) * world
     expect(args.eval_only or prompts == even, f"prompts_per_step={prompts} is no multiple of {world} ranks: use {even}")
@@ -172,11 +172,12 @@ def check(args: Args, world: int) -> list[PretrainedConfig]:
     for flag, n, ranks in (("tp", args.tp, node), ("sp", args.sp, world)):
         expect(ranks % n == 0, f"{flag}={n} does not divide the {ranks} ranks: launch a multiple of {n}")
         expect(heads % n == 0, f"{flag}={n} does not divide the {heads} attention heads: use a divisor of {heads}")
-    shards, rest = divmod(world, args.replicas)
-    expect(args.replicas == 1 or rest == 0 < shards - 1, f"replicas={args.replicas} of {world} ranks: a copy needs 2")
+    split = args.replicas == 1 or (world % args.replicas == 0 and world > args.replicas)
+    expect(split, f"replicas={args.replicas} does not split {world} ranks into copies of 2 or more: use a divisor")
     expect(args.sp == 1 or args.attention == "varlen", f"sp={args.sp} needs --attention varlen, not {args.attention}")
-    expect(not args.offload or args.plan_gpus or "RANK" in os.environ, "offload is done by FSDP: launch with torchrun")
+    expect(not args.offload or args.plan_gpus or "RANK" in os.environ, f"offload={args.offload} needs torchrun")
     expect(0 <= args.seed < 10**6 and args.steps >= 0, f"seed={args.seed}, steps={args.steps}: use 0 to 999999")
+    expect(0 <= args.profile <= args.steps, f"profile={args.profile} is none of the --steps {args.steps}")
     expect(args.plan_gpus == 0 or args.steps == 0, f"plan_gpus={args.plan_gpus} is for --steps 0: nothing is trained")
     expect(not (args.eval_only and args.resume), "eval_only evaluates --model: give it the checkpoint, not --resume")
     expect(args.kl_target is None or args.kl_coef > 0, "kl_target needs a kl_coef above 0 to start from")
@@ -346,7 +347,7 @@ def train(args: Args) -> list[dict]:
     kl_coef = json.loads((newest / "state.json").read_text())["kl_coef"] if newest and args.kl_target else args.kl_coef
     history, log = open_run_folder(Path(args.out), config, start, main and args.steps > 0)
     made["engine"] = f"{args.engine} tp {args.tp}"
-    say(plan(args, ranks, models, made, start))
+    say(plan(args, ranks, models, made, start) if main else "")
 
     def forward(model: nn.Module, batch: rollout.Rollout) -> Tensor:
         """The critic's values, or another model's log-probs, of a whole batch: (B, T) on every rank, no gradient."""
@@ -382,7 +383,7 @@ def train(args: Args) -> list[dict]:
     begun = perf_counter()
     for step in range(start, max(args.steps, 1)):
         times, meter = {}, kernels.Meter()
-        profiler = kernels.start_profile(step + 1 == args.profile)
+        trace = Path(args.out, "profile") if step + 1 == args.profile else None
 
         # ---- 1. sample: the policy answers a fresh batch of prompts
         with kernels.timed(times, "sample"):
@@ -401,7 +402,7 @@ def train(args: Args) -> list[dict]:
         train_policy = step >= args.critic_warmup
         # with one update a step the old log-probs are that update's own, detached: no pass for them
         on_policy = train_policy and args.updates_per_step == 1 and not (ref and kl_place == "reward")
-        with kernels.timed(times, "forward"):
+        with kernels.timed(times, "forward"), kernels.profiled(trace, f"forward_rank{ranks.rank}"):
             old_values = forward(critic, batch)
             old_logprobs = None if on_policy else forward(policy, batch)
             ref_logprobs = forward(ref, batch) if ref else None
@@ -428,7 +429,7 @@ def train(args: Args) -> list[dict]:
             advantages = whiten(advantages, mask) if args.whiten else advantages
 
         # ---- 5. update: epochs x minibatches x micro-batches; policy, then critic
-        with kernels.timed(times, "update"):
+        with kernels.timed(times, "update"), kernels.profiled(trace, f"update_rank{ranks.rank}"):
             fresh, updates, dump = [], 0, Path(args.out) / f"bad_batch_step{step + 1}_rank{ranks.rank}.pt"
             for epoch in range(args.ppo_epochs):
                 order = random.Random(f"{args.seed} {step} {epoch}").sample(range(args.batch_size), args.batch_size)
@@ -456,25 +457,25 @@ def train(args: Args) -> list[dict]:
                             reference = ref_logprobs.view(-1)[p.index]
                             loss = loss + kl_coef * kl_estimate(logprobs, reference, kl_kind)
                         (loss.sum() * scale).backward()
-                        meter.add_all("policy/", loss=loss, entropy=entropy, clipfrac_low=low, clipfrac_high=high)
-                        meter.add("policy/approx_kl", kl_estimate(old, logprobs, "k3"))
+                        meter.add("policy/", loss=loss, entropy=entropy, clipfrac_low=low, clipfrac_high=high)
+                        meter.add("policy/", approx_kl=kl_estimate(old, logprobs, "k3"))
                         fresh.append((p.index, logprobs.detach()))
                     if train_policy:
                         norm = kernels.optimizer_step(*trained["policy"], policy_lr, max_norm, batch, dump)
-                        meter.add("policy/grad_norm", norm)
+                        meter.add("policy/", grad_norm=norm)
 
                     for p in micro:
                         values, old = kernels.critic_forward(critic, p, ranks.sp_group), old_values.view(-1)[p.index]
                         loss, clipped = value_loss(values, old, returns.view(-1)[p.index], args.value_clip)
                         (loss.sum() * scale).backward()
-                        meter.add_all("critic/", loss=loss, clipfrac=clipped)
+                        meter.add("critic/", loss=loss, clipfrac=clipped)
                     norm = kernels.optimizer_step(*trained["critic"], critic_lr, max_norm, batch, dump)
-                    meter.add("critic/grad_norm", norm)
+                    meter.add("critic/", grad_norm=norm)
             if on_policy:
                 old_logprobs = kernels.unpack(fresh, mask, ranks)
 
         # ---- 6. sync: the engine gets the new weights and must prove it
-        with kernels.timed(times, "sync"):
+        with kernels.timed(times, "sync"), kernels.profiled(trace, f"sync_rank{ranks.rank}"):
             canary = hand_over(step + 1)
 
         # ---- 7. report: metrics, one line, samples, evaluation, checkpoint
@@ -497,7 +498,6 @@ def train(args: Args) -> list[dict]:
         fed, updated = [n - 1 for n in batch.lengths], [critic, policy] if train_policy else [critic]
         row |= times | kernels.utilisation(times, updated, fed, mask.sum().item(), args.ppo_epochs, ranks)
         row |= data.plan_summary(fed, args.max_tokens_per_microbatch * args.sp, ranks.rows)
-        kernels.write_profile(profiler, Path(args.out) / "profile", ranks)
         log(row, shown)
         say(line(row, args, (perf_counter() - begun) / (step + 1 - start)))
         if args.show_every and (step + 1) % args.show_every == 0:
@@ -525,7 +525,7 @@ def memory(args: Args, ranks: int, gb: float | None, cuda: bool) -> str:
     """What each rank will need, for the flags as they are: memory.py's answer. gb of a card; None: of this machine."""
     given = asdict(args) | {"ranks": ranks, "card_gb": gb, "bf16": cuda, "sharded": cuda or "RANK" in os.environ}
     command = [sys.executable, "-P", Path(__file__).with_name("memory.py")]
-    return subprocess.run(command, input=json.dumps(given), capture_output=True, text=True, check=True).stdout
+    return subprocess.run(command, input=json.dumps(given), stdout=subprocess.PIPE, text=True, check=True).stdout
 
 
 def line(row: dict, args: Args, seconds_per_step: float) -> str:

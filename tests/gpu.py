@@ -202,20 +202,21 @@ def child(name: str, command: list, needs: float = 20, environment: dict | None 
     return code == 0
 
 
-def whole_run(engine: str, needs: float, environment: dict) -> None:
+def whole_run(engine: str, needs: float, environment: dict, *more: str) -> None:
     """Three PPO steps in bf16, as a user starts them. ppo.py itself stops when its canary fails."""
+    title = " ".join(("whole run,", engine, *more))
     if missing := [name for name in ("accelerate", "tyro", *[engine] * (engine == "vllm")) if not HAS[name]]:
-        return skip(f"whole run, {engine}", f"missing: {', '.join(missing)}")
+        return skip(title, f"missing: {', '.join(missing)}")
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "run"
-        flags = ["--engine", engine, "--steps", 3, "--dtype", "bf16", "--gpu_memory", 0.2]
+        flags = ["--engine", engine, "--steps", 3, "--dtype", "bf16", "--gpu_memory", 0.2, *more]
         flags += [] if HAS["liger_kernel"] and COMPILER else ["--no-liger"]
-        if child(f"whole run, {engine}", [*TORCHRUN, "tests/toy.py", out, *flags], needs, environment):
+        if child(title, [*TORCHRUN, "tests/toy.py", out, *flags], needs, environment):
             rows = [json.loads(line) for line in open(out / "metrics.jsonl")]
-            check(f"whole run, {engine}: missing steps", 3 - len(rows), 0)
-            check(f"whole run, {engine}: worst canary", max(r["mismatch/canary"] for r in rows), 0.05)
+            check(f"{title}: missing steps", 3 - len(rows), 0)
+            check(f"{title}: worst canary", max(r["mismatch/canary"] for r in rows), 0.05)
             times = {f"{key[5:]} s": value for key, value in rows[-1].items() if key.startswith("time/")}
-            row("whole run", engine=engine, **times)
+            row("whole run", engine=engine, flags=" ".join(more), **times, **{"peak GB": rows[-1]["perf/peak_gb"]})
 
 
 def step_estimate(records: list[dict]) -> None:
@@ -275,6 +276,7 @@ def everything() -> int:
     if HAS["accelerate"]:
         child("part fsdp", [*TORCHRUN, "tests/gpu_checks.py", "fsdp", *flags])
     whole_run("torch", 30, environment)
+    whole_run("torch", 30, environment, "--offload", "policy", "critic", "--profile", "3")
     for part, needs in (("bench", 40), ("vllm", 150), ("levers", 30)):
         if not HAS["accelerate"] or (part == "vllm" and not HAS["vllm"]):
             skip(f"part {part}", "no vllm package" if HAS["accelerate"] else "no accelerate package")

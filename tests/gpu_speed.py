@@ -167,7 +167,7 @@ def engine(accelerator) -> None:
                                        gpu_memory=0.4)  # fmt: skip
         times = {"start s": clock() - began}
     sampler.sleep()
-    policy, _ = trainee("1.5B", False, accelerator, LEVERS)
+    policy, policy_optimizer = trainee("1.5B", False, accelerator, LEVERS)
     rng = random.Random(1)
     prompts = [[rng.randrange(2, SHAPES["1.5B"]["vocab_size"]) for _ in range(PROMPT)] for _ in range(SAMPLES)]
     calls = {
@@ -185,6 +185,16 @@ def engine(accelerator) -> None:
             samples = answers or samples
     tokens = sum(len(sample.ids) for sample in samples)
     row("sync", model="1.5B", engine="vLLM", **times, **{"sampled tokens/s": tokens / times["sample s"]})
+    critic, fullest = trainee("1.5B", True, accelerator, LEVERS), max(workload(), key=lambda p: p.ids.numel())
+    peaks: dict[str, float] = {}
+    for model, optimizer in ((policy, policy_optimizer), critic):  # asleep: what has to fit beside it
+        with kernels.timed(peaks, "update"):
+            run(model, fullest, model is critic[0], backward=True)
+            kernels.optimizer_step(model, optimizer, 1e-6, max_norm=1.0, batch=None, dump=None)
+    with kernels.timed(peaks, "sync"):
+        sampler.load(kernels.full_weights(policy, BF16))
+        samples = sampler.sample(prompts, 1, answer, 1.0, 0)
+    row("memory beside vLLM", **{f"{phase} GB": peaks[f"perf/peak_gb_{phase}"] for phase in ("update", "sync")})
     batch = rollout.collate(prompts, samples, ARGS.device)
     plan = data.plan_microbatches([n - 1 for n in batch.lengths], BUDGET)[0]
     micro = [kernels.pack(batch.ids, batch.mask, batch.lengths, rows) for rows in plan]

@@ -61,7 +61,7 @@ BUGS = [
         "old = logprobs.detach()", TRAIN),
     Bug("resume-forgets-kl-coef", "ppo.py", "if newest and args.kl_target else args.kl_coef",
         "if False else args.kl_coef", TRAIN),
-    Bug("export-of-a-rounded-head", "kernels.py", "        unit.reshard()\n    return", "        pass\n    return", TRAIN),
+    Bug("export-of-a-rounded-head", "kernels.py", "            module.reshard()", "            pass", TRAIN),
     Bug("nan-goes-through", "kernels.py", "if not torch.isfinite(norm):", "if False:", TRAIN),
     # alignment
     Bug("eos-missing-from-mask", "rollout.py", "[True] * len(s.ids) + [False] * f",

@@ -161,7 +161,7 @@ def test_meter_weighs_every_entry_alike():
     """Guards means of means: micro-batches of different sizes, an empty one among them."""
     meter = kernels.Meter()
     for x in (torch.tensor([1.0, 2.0, 3.0]), torch.tensor([]), torch.tensor([[14.0]])):
-        meter.add("a", x)
-    meter.add("b", torch.tensor([True, False, False, False]))
-    meter.add("empty", torch.tensor([]))
+        meter.add("", a=x)
+    meter.add("", b=torch.tensor([True, False, False, False]))
+    meter.add("", empty=torch.tensor([]))
     assert meter.means(kernels.Ranks()) == {"a": 5.0, "b": 0.25, "empty": 0.0}
