@@ -136,10 +136,9 @@ def full_weights(model: nn.Module, dtype: torch.dtype) -> Iterator[tuple[str, Te
     gathered a layer in one call, cast before it is sent; another (fp32 of a bf16 run, to be saved) tensor by tensor."""
     sent: set[str] = set()
     reshard(model)
-    for prefix, unit in model.named_modules():
-        left = [name for name, _ in model.named_parameters() if name.startswith(prefix) and name not in sent]
-        if not (isinstance(unit, FSDPModule) and left):  # norm, embedding and head come together, by one of their names
-            continue
+    for prefix, unit in [(prefix, m) for prefix, m in model.named_modules() if isinstance(m, FSDPModule)]:
+        if all(name in sent for name, _ in model.named_parameters() if name.startswith(prefix)):
+            continue  # norm, embedding and head come together, by the name of any of them
         unit.unshard()
         whole = {name: p for name, p in model.named_parameters() if not isinstance(p, DTensor) and name not in sent}
         if same := all(p.dtype == dtype for p in whole.values()):
@@ -413,12 +412,11 @@ def varlen_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_se
 
 
 def _varlen_cpu(q: Tensor, k: Tensor, v: Tensor, bounds: list[int], scale: float) -> Tensor:
-    parts = []
-    for a, b in pairwise(bounds):
-        one = (x[a:b].transpose(0, 1)[None] for x in (q, k, v))  # (1, heads, tokens, D)
-        attended = scaled_dot_product_attention(*one, is_causal=True, scale=scale, enable_gqa=True)
-        parts.append(attended[0].transpose(0, 1))
-    return torch.cat(parts)
+    lengths = [b - a for a, b in pairwise(bounds)]
+    parts = zip(*(x.transpose(0, 1)[None].split(lengths, dim=2) for x in (q, k, v)))  # (1, heads, tokens, D)
+    # (split, not slices: the gradient of a slice is as long as the row)
+    attended = [scaled_dot_product_attention(*x, is_causal=True, scale=scale, enable_gqa=True) for x in parts]
+    return torch.cat(attended, dim=2)[0].transpose(0, 1)
 
 
 class _AllToAll(torch.autograd.Function):
