@@ -108,9 +108,9 @@ def test_hostile_answers_cost_milliseconds():
     tower += ["{" * 900, "(" * 900, r"\frac{" * 100, r"\sqrt{" * 150, "9" * 900, "1" + "+1" * 200, r"\binom{10^9}{5}"]
     tower += [r"\sum_{k=1}^{10^9} k", r"10^{10^{10}}", "__import__('os').system('x')", "open('x','w')", "\0", "\ud800"]
     for answer in tower:
-        begun = time.perf_counter()
+        begun = time.process_time()  # of the CPU: the machine may be busy
         assert not equality.judge("5", answer)
-        assert time.perf_counter() - begun < 0.5, answer
+        assert time.process_time() - begun < 0.5, answer
 
 
 PIECES = [*"0123456789+-*/=^_(){}[]<>|,.;:!?%$\\ \n'\"xyabABiIe&~`\0\ud800π√½²₂∞≤±°−×", r"\frac", r"\sqrt", r"\boxed{", r"\text{",
