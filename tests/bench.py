@@ -246,17 +246,12 @@ def head_run(which: str, T: int, V: int, H: int) -> Callable[[], object]:
 def peak(which: str, shape: list[int]) -> float:
     """MB that one forward and backward takes on top of its inputs, in a process that has done no other."""
     head_run(which, 8, 64, 16)()  # threads and libraries
-    run = head_run(which, *shape)
-    if CUDA:
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
+    run, times = head_run(which, *shape), {}
+    with kernels.timed(times, "before"):
+        pass
+    with kernels.timed(times, "run"):
         run()
-        return (torch.cuda.max_memory_allocated() - before) / 2**20
-    Path("/proc/self/clear_refs").write_text("5")  # VmHWM = VmRSS
-    status = lambda key: next(int(x.split()[1]) for x in open("/proc/self/status") if x.startswith(key))  # noqa: E731
-    before = status("VmRSS")
-    run()
-    return (status("VmHWM") - before) / 1024
+    return 1024 * (times["perf/peak_gb_run"] - times["perf/peak_gb_before"])
 
 
 def head_times(shape: list[int], rounds: int) -> list[list[float]]:

@@ -15,9 +15,10 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]  # this file is also the program that is measured
 import ppo  # noqa: E402, I001  (first: the guard for the name `kernels`)
 
-from transformers import AutoConfig, Qwen2Config, Qwen2ForCausalLM  # noqa: E402
+from transformers import Qwen2Config, Qwen2ForCausalLM  # noqa: E402
 
 import data  # noqa: E402
+import kernels  # noqa: E402
 import memory  # noqa: E402
 import rewards  # noqa: E402
 import toy  # noqa: E402
@@ -223,18 +224,13 @@ def load_long(split: str, seed: int, template: str) -> list[dict]:
     return [row | {"task": "long", "prompt": row["answer"] * (load_long.tokens - 1) + "="} for row in rows]
 
 
-def status(key: str) -> float:
-    """GB in a line of /proc/self/status: VmRSS now, VmHWM at most since it was set back."""
-    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(key)) / 2**20
-
-
 def train(out: str, model: str, job: Job) -> float:
     """GB that ppo.train takes at its peak, on top of what the process has before."""
     data.TASKS["long"], rewards.REWARDS["long"], load_long.tokens = load_long, toy.toy, job.prompt
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # VmHWM = VmRSS
-    before = status("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak is what there is now
+    before = kernels.memory_peak()
     # fmt: off
     rows = ppo.train(ppo.parse_args([
         "--out", out, "--model", model, "--task", "long", "--engine", "torch", "--steps", "2", "--show_every", "0",
@@ -243,7 +239,7 @@ def train(out: str, model: str, job: Job) -> float:
         "--gradient_checkpointing" if job.checkpointing else "--no-gradient_checkpointing",
     ]))
     # fmt: on
-    return max(status("VmHWM"), *(row["perf/peak_gb"] for row in rows)) - before
+    return max(kernels.memory_peak(), *(row["perf/peak_gb"] for row in rows)) - before
 
 
 @pytest.fixture(scope="module")
