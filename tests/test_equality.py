@@ -81,13 +81,22 @@ TEXT = {  # response -> what stands in the last box; None: no box
 }  # fmt: skip
 
 
+def fast(job, limit: float) -> bool:
+    """CPU seconds of the second try count when the first is over: a collection of garbage is no slow case."""
+    for _ in range(2):
+        begun = time.process_time()
+        job()
+        if time.process_time() - begun < limit:
+            return True
+    return False
+
+
 @pytest.mark.parametrize("text", TEXT, ids=lambda t: t[:40])
 def test_the_last_complete_box(text):
     """Guards nested braces, escaped braces, unclosed boxes, and quadratic time."""
-    begun = time.perf_counter()
     box = rewards.last_box(text)
     assert (box and box[0]) == TEXT[text]
-    assert time.perf_counter() - begun < 0.2
+    assert fast(lambda: rewards.last_box(text), 0.2)
 
 
 @pytest.mark.parametrize("rules, text, right", [
@@ -108,9 +117,8 @@ def test_hostile_answers_cost_milliseconds():
     tower += ["{" * 900, "(" * 900, r"\frac{" * 100, r"\sqrt{" * 150, "9" * 900, "1" + "+1" * 200, r"\binom{10^9}{5}"]
     tower += [r"\sum_{k=1}^{10^9} k", r"10^{10^{10}}", "__import__('os').system('x')", "open('x','w')", "\0", "\ud800"]
     for answer in tower:
-        begun = time.process_time()  # of the CPU: the machine may be busy
+        assert fast(lambda: equality.judge("5", answer), 0.5), answer
         assert not equality.judge("5", answer)
-        assert time.process_time() - begun < 0.5, answer
 
 
 PIECES = [*"0123456789+-*/=^_(){}[]<>|,.;:!?%$\\ \n'\"xyabABiIe&~`\0\ud800π√½²₂∞≤±°−×", r"\frac", r"\sqrt", r"\boxed{", r"\text{",
@@ -118,16 +126,6 @@ PIECES = [*"0123456789+-*/=^_(){}[]<>|,.;:!?%$\\ \n'\"xyabABiIe&~`\0\ud800π√�
           "cm", "meters", r"\$", "and", "or", "maybe", "Monday", r"\mathbb{R}", r"\in", "</think>", "<answer>", "</answer>",
           "1,000", "0.5", "(A)", "```", "```python\n", "**", "9" * 30, "((", "}}", r"\log_", r"\cdot10^", r"\overline{"]
 TEXTS_OF = st.lists(st.sampled_from(PIECES), max_size=40).map("".join)
-
-
-def fast(job, limit: float) -> bool:
-    """CPU seconds of the second try count when the first is over: a collection of garbage is no slow case."""
-    for _ in range(2):
-        begun = time.process_time()
-        job()
-        if time.process_time() - begun < limit:
-            return True
-    return False
 
 
 @settings(max_examples=FUZZ)
