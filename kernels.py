@@ -1,8 +1,7 @@
 """The same numbers with less time and memory.
 
 Owns: ranks, sharded models (FSDP2) and meters across ranks, packed rows and attention on them, sequence parallelism
-(Ulysses), log-probs and entropy without logits, Liger's patches, each with a plain specification for the tests; and
-the clocks: seconds, memory and floating-point operations of each phase.
+(Ulysses), log-probs and entropy without logits, Liger's patches, each with a plain specification for the tests.
 Refuses to know: what the numbers are for (advantages, losses, rewards).
 Left out on purpose: custom Triton (torch's varlen attention and Liger are kept by people who do nothing else), and
 optimizers with 8-bit states (4 GB a card in the reference run, for one more package).
@@ -12,10 +11,12 @@ without side effects, and never define __version__ here.
 """
 # T tokens of a packed row   K response tokens among them   H heads   D head size or hidden size   V vocabulary
 import importlib.util
+import json
 import os
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import timedelta
 from functools import cache
 from itertools import pairwise
@@ -24,14 +25,13 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
+from safetensors import safe_open
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-# --------------------------------------------------------------------------- ranks, sharded models, meters and clocks
+# ------------------------------------------------------------------------------- ranks, sharded models, meters, MFU
 
 
 class Ranks(NamedTuple):
@@ -46,10 +46,11 @@ class Ranks(NamedTuple):
     sp_group: dist.ProcessGroup | None = None
 
 
-def start_ranks(bf16: bool, sp: int, replicas: int = 1):
+def start_ranks(bf16: bool, sp: int, replicas: int = 1, patience: float = 120):
     """(Accelerator, Ranks). Under torchrun, whatever the number of processes, models are sharded by FSDP2: over nccl on
     GPUs, over gloo on CPU; with `replicas` (HSDP) over world / replicas neighbours only: let these be a node, and only
-    gradients cross the network. Without torchrun this is one plain process."""
+    gradients cross the network. Without torchrun this is one plain process. Ranks wait for each other, for the longest
+    answer or a disk, for `patience` minutes and ten more: the watch shall speak before a collective gives up."""
     from accelerate import Accelerator, FullyShardedDataParallelPlugin, ParallelismConfig
     from accelerate.state import PartialState
     from accelerate.utils import DistributedType, InitProcessGroupKwargs
@@ -59,7 +60,7 @@ def start_ranks(bf16: bool, sp: int, replicas: int = 1):
         return Accelerator(cpu=not cuda, mixed_precision=precision), Ranks()
     if not cuda:
         # Accelerate ignores an FSDP plugin on CPU, silently. Under this label it takes the same path as on GPUs.
-        PartialState(cpu=True)
+        PartialState(cpu=True, timeout=timedelta(minutes=patience + 10))
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
     plugin = FullyShardedDataParallelPlugin(
         fsdp_version=2,
@@ -67,26 +68,28 @@ def start_ranks(bf16: bool, sp: int, replicas: int = 1):
         # Accelerate's own policy for bf16 would round outputs (log-probs, that is) and gradient sums to bf16 as well
         mixed_precision_policy=MixedPrecisionPolicy(torch.bfloat16, torch.float32) if bf16 else None,
     )
-    # ranks wait for the longest answer, and for disks. gloo is for what is offloaded: norms of its gradients
-    patience = {"timeout": timedelta(hours=2)}
+    timeout = {"timeout": timedelta(minutes=patience + 10)}
     world = int(os.environ["WORLD_SIZE"])
     accelerator = Accelerator(
         fsdp_plugin=plugin,
         mixed_precision=precision,
-        kwargs_handlers=[InitProcessGroupKwargs(backend="cuda:nccl,cpu:gloo", **patience)] if cuda else [],
+        kwargs_handlers=[InitProcessGroupKwargs(backend="cuda:nccl,cpu:gloo", **timeout)] if cuda else [],
         parallelism_config=ParallelismConfig(replicas, world // replicas) if replicas > 1 else None,
     )
     rank, rows = accelerator.process_index, range(0, world, sp)
     # new_group is collective: every rank makes every group
-    groups = [dist.new_group([*range(i, i + sp)], **patience) if sp > 1 else None for i in rows]
+    groups = [dist.new_group([*range(i, i + sp)], **timeout) if sp > 1 else None for i in rows]
     return accelerator, Ranks(rank, world, rank // sp, len(rows), rank % sp, sp, groups[rank // sp])
+
+
+SAFE = {"use_safetensors": True, "trust_remote_code": False}  # a model folder runs no code: no pickles, no Python files
 
 
 def load_policy(path: str, accelerator, checkpointing, trained=True, attention="varlen", offload=False) -> nn.Module:
     """A causal language model in fp32 for packed rows, with a LogprobHead; sharded. trained=False: a reference."""
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation=attention)
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation=attention, **SAFE)
     model.lm_head.__class__ = LogprobHead  # same parameter, same tie to the embedding
     return shard(model.requires_grad_(trained), accelerator, checkpointing and trained, offload)
 
@@ -95,10 +98,10 @@ def load_critic(path: str, accelerator, checkpointing, attention="varlen", offlo
     """A transformer with one number per token. A new value head starts at zero: first values are 0, not noise."""
     from transformers import AutoConfig, AutoModelForTokenClassification
 
-    config = AutoConfig.from_pretrained(path, num_labels=1)
+    config = AutoConfig.from_pretrained(path, num_labels=1, trust_remote_code=False)
     config.classifier_dropout = 0.0
     model, info = AutoModelForTokenClassification.from_pretrained(
-        path, config=config, dtype=torch.float32, attn_implementation=attention, output_loading_info=True
+        path, config=config, dtype=torch.float32, attn_implementation=attention, output_loading_info=True, **SAFE
     )
     if "score.weight" in info["missing_keys"]:
         nn.init.zeros_(model.score.weight)
@@ -111,10 +114,13 @@ def shard(model: nn.Module, accelerator, checkpointing: bool, offload: bool) -> 
     when it is gathered, and AdamW runs on the CPU: 16 bytes a parameter less, for seconds a step at 1.5B."""
     from accelerate.utils.fsdp_utils import fsdp2_prepare_model  # prepare() takes no frozen model, this takes any
 
+    model.config.architectures = [type(model).__name__]  # FSDP is about to change the name
     model.train()  # no dropout anywhere; checkpointing acts in this mode only
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     if not accelerator.is_fsdp2:
+        for p in model.parameters():  # off the mapped file: in its odd places sums are rounded in another order
+            p.data = p.data.clone()
         return accelerator.prepare_model(model)
     plugin = accelerator.state.fsdp_plugin
     plugin.transformer_cls_names_to_wrap = None  # else those of the first model, for every model
@@ -147,42 +153,79 @@ def full_weights(model: nn.Module, dtype: torch.dtype) -> Iterator[tuple[str, Te
         unit.reshard()
         if not same:
             break
-    for name, p in model.named_parameters():
-        if name not in sent:
-            p = p.detach().to(p.device_mesh.device_type if isinstance(p, DTensor) else p.device, dtype)
-            yield name, p.full_tensor() if isinstance(p, DTensor) else p
+    yield from ((name, gathered(p.detach().to(dtype))) for name, p in model.named_parameters() if name not in sent)
 
 
-def optimizer_step(model: nn.Module, optimizer, lr: float, max_norm: float, batch: NamedTuple, dump) -> Tensor:
-    """Clips the gradient over all ranks and steps; returns its norm before clipping, (). A norm that is not finite
-    stops every rank here, before this model changes, with the batch in the file `dump`."""
-    norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm)  # Accelerate's breaks for a second model
-    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-    if not torch.isfinite(norm):
-        torch.save(batch._asdict(), dump)
-        raise FloatingPointError(f"{type(model).__name__}: gradient norm {norm}; not updated; the batch is in {dump}")
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    optimizer.step()
-    optimizer.zero_grad()
-    return norm
+def gathered(x: Tensor) -> Tensor:
+    """The whole of a sharded tensor, on the device (offloaded ones go there first); collective."""
+    return x.to(x.device_mesh.device_type).full_tensor() if isinstance(x, DTensor) else x
 
 
-def save_sharded(path, trained: dict[str, tuple[nn.Module, torch.optim.Optimizer]]) -> None:
-    """Every rank writes its own shards of models and optimizers."""
-    dcp.save(_states(trained), checkpoint_id=path)
+def optimizer_step(model: nn.Module, optimizer, lr: float, max_norm: float) -> Tensor:
+    """Clips the gradient over all ranks and steps; returns its norm before clipping, (). When that is not finite, which
+    all ranks see alike, nothing is changed: neither the model nor its gradients."""
+    # Accelerate's clip_grad_norm_ breaks for a second model
+    norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+    whole = norm.full_tensor() if isinstance(norm, DTensor) else norm
+    if torch.isfinite(whole):
+        nn.utils.clip_grads_with_norm_(model.parameters(), max_norm, norm)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.step()
+        optimizer.zero_grad()
+    return whole
 
 
-def load_sharded(path, trained: dict[str, tuple[nn.Module, torch.optim.Optimizer]]) -> None:
-    states = _states(trained)
-    dcp.load(states, checkpoint_id=path)
-    for name, pair in trained.items():
-        set_state_dict(*pair, model_state_dict=states[name]["model"], optim_state_dict=states[name]["optimizer"])
+def suspects(model: nn.Module, norm: Tensor, meter: "Meter") -> dict[str, Tensor]:
+    """When the norm was not finite: this rank's sums of losses, its shards of gradients, and the norm, by name."""
+    if torch.isfinite(norm):
+        return {}
+    grads = {f"gradient of {name}": p.grad for name, p in model.named_parameters() if p.grad is not None}
+    local = {name: g.to_local() if isinstance(g, DTensor) else g for name, g in grads.items()}
+    return {name: pair[0] for name, pair in meter.pairs.items()} | local | {"gradient norm": norm}
 
 
-def _states(trained: dict) -> dict[str, dict[str, dict]]:
-    """Dictionaries all the way down: DCP pickles a tuple as one object, rank 0's, and all ranks would load that."""
-    return {name: dict(zip(("model", "optimizer"), get_state_dict(*pair))) for name, pair in trained.items()}
+def checkpoint_parts(trained: dict, ranks: Ranks, tokenizer, folder: Path) -> dict[str, dict[str, Tensor]]:
+    """What this rank writes of a checkpoint: file name -> whole tensors on the CPU, of weights in fp32 and of AdamW's
+    moments. Tensors go round the ranks by size, so that nobody holds a whole model. Collective. Rank 0 also writes what
+    makes `folder`/policy and /critic ordinary Hugging Face folders."""
+    parts: dict[str, dict[str, Tensor]] = {}
+    for name, (model, optimizer) in trained.items():
+        # no moments before the first step: of the policy, while the critic is warmed up
+        states = {f"{n}.{k}": x for n, p in model.named_parameters() for k, x in optimizer.state.get(p, {}).items()}
+        moments = ((key, gathered(x)) for key, x in states.items())
+        load, index = [0] * ranks.world, {}
+        for prefix, tensors in ((f"{name}/model", full_weights(model, torch.float32)), (f"{name}.optimizer", moments)):
+            for key, tensor in tensors:
+                owner = load.index(min(load))
+                load[owner] += tensor.numel()
+                file = prefix + (f"-{owner + 1:05d}-of-{ranks.world:05d}" if ranks.world > 1 else "") + ".safetensors"
+                if prefix.endswith("/model"):
+                    index[key] = Path(file).name
+                if owner == ranks.rank:
+                    parts.setdefault(file, {})[key] = tensor.detach().to("cpu", copy=True).contiguous()
+        if ranks.rank == 0:
+            for description in filter(None, (model.config, tokenizer, getattr(model, "generation_config", None))):
+                description.save_pretrained(folder / name)
+            if ranks.world > 1:
+                text = json.dumps({"metadata": {}, "weight_map": index})
+                (folder / name / "model.safetensors.index.json").write_text(text)
+    return parts
+
+
+def load_moments(folder: Path | None, trained: dict) -> None:
+    """AdamW's moments from `checkpoint_parts`, sharded as the models now are, whoever wrote them."""
+    for name, (model, optimizer) in trained.items() if folder else ():
+        parameters = dict(model.named_parameters())
+        for file in sorted(folder.glob(f"{name}.optimizer*.safetensors")):
+            with safe_open(file, "pt") as tensors:
+                for key in tensors.keys():
+                    (owner, moment), x = key.rsplit(".", 1), tensors.get_tensor(key)
+                    p = parameters[owner]
+                    if isinstance(p, DTensor) and x.dim():  # AdamW's step is a plain number
+                        mesh = p.device_mesh
+                        x = distribute_tensor(x.to(mesh.device_type), mesh, p.placements, src_data_rank=None)
+                    optimizer.state[p][moment] = x.to(p.device, copy=True)
 
 
 def share(items: list, ranks: Ranks) -> list:
@@ -197,6 +240,19 @@ def gather(items: list, ranks: Ranks) -> list:
         parts = [None] * ranks.world
         dist.all_gather_object(parts, items)
     return [item for part in parts for item in part]
+
+
+def everywhere(x, ranks: Ranks) -> list:
+    """x of every rank, on every rank."""
+    return gather([x], ranks)
+
+
+def memory_plan(flags: dict, ranks: int, gb: float | None, cuda: bool) -> str:
+    """What each rank will need: the answer of memory.py, a program. gb of a card; None: of this machine."""
+    given = flags | {"ranks": ranks, "card_gb": gb, "bf16": cuda, "max_seqs": 256}
+    given["sharded"] = cuda or "RANK" in os.environ
+    command = [sys.executable, "-P", Path(__file__).with_name("memory.py")]
+    return subprocess.run(command, input=json.dumps(given), stdout=subprocess.PIPE, text=True, check=True).stdout
 
 
 class Meter:
@@ -220,42 +276,6 @@ class Meter:
         return {name: total / max(count, 1.0) for name, (total, count) in zip(self.pairs, table.tolist())}
 
 
-@contextmanager
-def timed(times: dict[str, float], phase: str):
-    """Adds the block's seconds to times["time/<phase>"] and times["time/step"]; keeps the most memory that this process
-    took in it in times["perf/peak_gb_<phase>"]. Waits for the GPU: the blame falls on the right phase."""
-    start, before = time.perf_counter(), unseen()
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-    elif os.access("/proc/self/clear_refs", os.W_OK):  # Linux: from here on VmHWM is the peak of resident memory
-        Path("/proc/self/clear_refs").write_text("5")
-    yield
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    seconds, peak = time.perf_counter() - start, f"perf/peak_gb_{phase}"
-    for name in (f"time/{phase}", "time/step"):
-        times[name] = times.get(name, 0.0) + seconds
-    times[peak] = max(times.get(peak, 0.0), memory_peak(before))
-
-
-def unseen() -> int:
-    """Bytes of the card that torch's allocator does not know of (contexts, NCCL), less those of a sleeping engine, that
-    it counts although they are free."""
-    if not torch.cuda.is_available():
-        return 0
-    free, total = torch.cuda.mem_get_info()
-    return total - free - torch.cuda.memory_reserved()
-
-
-def memory_peak(before: int = 0) -> float:
-    """GB (2**30) taken of the card, or on CPU by this process, at most since the phase began. `before` is what `unseen`
-    said then: an engine may wake or fall asleep in between, and is counted."""
-    if torch.cuda.is_available():
-        return (torch.cuda.max_memory_allocated() + max(before, unseen())) / 2**30
-    lines = Path("/proc/self/status").read_text().splitlines() if os.path.exists("/proc/self/status") else []
-    return sum(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) / 2**20
-
-
 # dense bf16 FLOP/s of data sheets, by how a card's name begins; the first that fits
 PEAKS = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12}
 
@@ -268,12 +288,13 @@ def roofline() -> tuple[float, str]:
     for name, peak in PEAKS.items():
         if card.startswith(f"NVIDIA {name}") and "MIG" not in card:
             return peak, f"{peak / 1e12:.0f} TFLOP/s ({card}, data sheet)"
-    n, laps = 8192 if cuda else 1024, [{} for _ in range(5)]
+    n, laps = 8192 if cuda else 1024, []
     x = torch.randn(n, n, device="cuda" if cuda else "cpu", dtype=torch.bfloat16 if cuda else torch.float32)
-    for lap in laps:
-        with timed(lap, "matmul"):
-            x @ x
-    peak = 2 * n**3 / min(lap["time/matmul"] for lap in laps)
+    for _ in range(5):
+        begun = time.perf_counter()
+        (x @ x)[0, 0].item()  # waits for the GPU
+        laps.append(time.perf_counter() - begun)
+    peak = 2 * n**3 / min(laps)
     return peak, f"{peak / 1e12:.2g} TFLOP/s ({card}, best of five matmuls)"
 
 
@@ -297,25 +318,6 @@ def utilisation(times: dict, models: list, fed: list[int], responses: int, epoch
     row |= {"perf/peak_gb": max(row.values()), "perf/tflops": rate / 1e12, "perf/mfu": rate / roofline()[0]}
     speeds = {"perf/tokens_per_s": (sum(fed) + len(fed)) / times["time/step"]}
     return row | speeds | {"perf/train_tokens_per_s": epochs * sum(fed) / seconds}
-
-
-@contextmanager
-def profiled(folder: Path | None, name: str):
-    """Records every operation of the block in folder/name.json.gz, for ui.perfetto.dev; on CUDA also every allocation,
-    in name.pickle, for pytorch.org/memory_viz. Without a folder, nothing."""
-    if not folder:
-        yield
-        return
-    cuda = torch.cuda.is_available()
-    folder.mkdir(parents=True, exist_ok=True)
-    if cuda:
-        torch.cuda.memory._record_memory_history(max_entries=1_000_000, stacks="python")
-    with torch.profiler.profile(record_shapes=True, profile_memory=True) as profiler:
-        yield
-    profiler.export_chrome_trace(str(folder / f"{name}.json.gz"))
-    if cuda:
-        torch.cuda.memory._dump_snapshot(str(folder / f"{name}.pickle"))
-        torch.cuda.memory._record_memory_history(enabled=None)
 
 
 # ------------------------------------------------------------------------------------------------------- packed rows

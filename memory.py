@@ -1,6 +1,6 @@
 """Will it fit? What each GPU will hold and when, from configurations and flags alone. On CPU a test measures it.
 
-    python ppo.py --steps 0 --plan_gpus 4 --plan_gb 80 ...   # starts this program, with all flags as JSON on stdin
+    python ppo.py --plan 4 80 ...   # starts this program, with all flags as JSON on stdin
 
 Owns: the arithmetic of memory (sizes of models, what is alive at which moment, what to change when it does not fit).
 Refuses to know: how any of it is done. When kernels.py or rollout.py keeps another tensor, its bytes change here.

@@ -19,13 +19,12 @@ sys.modules["kernels"] = None  # our kernels.py has the name of a Hugging Face p
 import transformers.integrations.hub_kernels  # noqa: F401  ... while transformers looks for it, once, here
 
 del sys.modules["kernels"]
-import json
 import math
 import os
 import random
-import shutil
-import subprocess
-from dataclasses import asdict, dataclass, field, make_dataclass
+import zlib
+from dataclasses import asdict, dataclass, field, fields, make_dataclass
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import Literal
@@ -39,6 +38,7 @@ import data
 import kernels
 import rewards
 import rollout
+import runs
 
 # B sequences of the step (all ranks)   T tokens (prompt + response, right-padded)   K response tokens of a micro-batch
 # Every (B, T) tensor is aligned to the token it is about:
@@ -51,19 +51,21 @@ import rollout
 @dataclass
 class Run:
     """what is run and where it is kept"""
-    out: str = "runs/ppo"  # run folder; must not exist unless --resume
+    out: str = "runs/ppo"  # run folder; must not exist unless --resume auto
     seed: int = 0  # prompts, their order and every sampled token are functions of (seed, step)
-    steps: int = 100  # PPO steps; 0: load everything, print the memory plan, sample and score one batch, exit
-    plan_gpus: int = 0  # with --steps 0: only the memory plan, for so many GPUs ...
-    plan_gb: float = 80.0  # ... of this size; nothing is loaded and no GPU is needed
-    resume: bool = False  # go on from the newest checkpoint in the run folder
-    save_every: int = 0  # steps between checkpoints; 0: only after the last step
+    steps: int = 100  # PPO steps; 0: print the memory plan, sample and score one batch; with --eval_every only evaluate
+    plan: tuple[int, float] | None = None  # 4 80: only print the memory plan, for 4 GPUs of 80 GB; needs no GPU
+    resume: Literal["no", "auto"] = "no"  # auto: go on from the newest whole checkpoint, if there is one
+    save_every: int = 0  # steps between checkpoints; the last step always has one
+    save_minutes: float = 0.0  # minutes between checkpoints; 0: no clock
+    keep_last: int = 3  # checkpoints that stay; 0: all
+    keep_best: str = ""  # a metric, eval/correct say: a better one is saved at once, and the best one stays
+    max_minutes: float = 0.0  # save and end after so many, as on SIGTERM; 0: never
+    stall_minutes: float = 30.0  # a phase that takes longer is told with stacks; twice as long ends the run; 0: never
     eval_every: int = 0  # steps between evaluations on held-out rows, step 0 and the last included; 0: never
     eval_rows: int = 256  # held-out rows of each task
     eval_samples: int = 1  # answers to each of them
     eval_temperature: float = 1.0  # 0: greedy
-    eval_only: bool = False  # evaluate --model (a checkpoint's policy folder, say) and exit
-    show_every: int = 10  # steps between two printed samples; 0: never
     profile: int = 0  # forward, update and sync of this step go to OUT/profile, operation by operation; 0: none
     wandb: str | None = None  # Weights & Biases project; same keys as metrics.jsonl
 
@@ -92,7 +94,6 @@ class Sampling:
     temperature: float = 1.0  # of sampling; the trainer divides its logits by the same number
     stop: tuple[str, ...] = ()  # texts that end a response and stay in it, besides every EOS id of the model
     tp: int = 1  # ranks that share one engine (tensor parallel)
-    max_seqs: int = 256  # sequences an engine decodes at once
     gpu_memory: float = 0.6  # share of the card for the engine while it is awake
 
 
@@ -108,7 +109,6 @@ class PPO:
     max_tokens_per_microbatch: int = 18_000  # tokens a rank runs at once; hard
     gamma: float = 1.0  # discount
     lam: float = 1.0  # GAE lambda; 1: advantage = return - value
-    whiten: bool = True  # advantages to mean 0, variance 1 over the batch's response tokens
     clip_low: float = 0.2  # the ratio is clipped to [1 - clip_low, 1 + clip_high]
     clip_high: float = 0.2  # 0.28 is DAPO's clip-higher
     value_clip: float = 0.0  # values move at most this far from the old ones; 0: no clipping
@@ -141,6 +141,11 @@ class Args(rewards.Rules, PPO, Sampling, data.Source, Model, Run):
         return torch.bfloat16 if bf16 else torch.float32
 
 
+# what a resumed run may change; anything else would make it another run
+FREE = {flag.name for flag in (*fields(Run), *fields(Model))} | {"tp", "gpu_memory", "max_tokens_per_microbatch"}
+FREE -= {"seed", "model", "critic_model", "dtype", "keep_best"}
+
+
 def parse_args(argv: list[str] | None = None) -> Args:
     boxes = make_dataclass("Boxes", [(c.__name__, c, field(default_factory=c)) for c in reversed(Args.__bases__)])
     parsed = tyro.cli(boxes, config=(tyro.conf.OmitArgPrefixes,), use_underscores=True, args=argv)
@@ -154,18 +159,18 @@ def check(args: Args, world: int) -> list[PretrainedConfig]:
         if not ok:
             raise ValueError(message)
 
-    configs = []
+    configs, eval_only = [], args.steps == 0 < args.eval_every
     for flag in ("model", "critic_model"):
         path = getattr(args, flag) or args.model
         try:
-            configs.append(AutoConfig.from_pretrained(path))
+            configs.append(AutoConfig.from_pretrained(path, trust_remote_code=False))
         except (OSError, ValueError) as error:
-            raise ValueError(f"{flag}={path!r} is no Hugging Face folder, nor a hub id that can be reached") from error
-    positive = "prompts_per_step samples_per_prompt max_prompt_tokens max_new_tokens max_seqs temperature ppo_epochs "
+            raise ValueError(f"{flag}={path!r} is no Hugging Face folder or hub id to be used: {error}") from error
+    positive = "prompts_per_step samples_per_prompt max_prompt_tokens max_new_tokens temperature ppo_epochs "
     for flag in (positive + "minibatch tp sp replicas eval_rows eval_samples test_seconds").split():
         expect(getattr(args, flag) > 0, f"{flag}={getattr(args, flag)}: must be above 0")
     prompts, even = args.prompts_per_step, math.ceil(args.prompts_per_step / world) * world
-    expect(args.eval_only or prompts == even, f"prompts_per_step={prompts} is no multiple of {world} ranks: use {even}")
+    expect(eval_only or prompts == even, f"prompts_per_step={prompts} is no multiple of {world} ranks: use {even}")
     part, whole, best = args.minibatch, args.batch_size, math.gcd(args.minibatch, args.batch_size)
     expect(part == best, f"minibatch_size={part} does not divide prompts x samples_per_prompt = {whole}: try {best}")
     heads, node = math.gcd(*(c.num_attention_heads for c in configs)), int(os.environ.get("LOCAL_WORLD_SIZE", world))
@@ -175,25 +180,23 @@ def check(args: Args, world: int) -> list[PretrainedConfig]:
     split = args.replicas == 1 or (world % args.replicas == 0 and world > args.replicas)
     expect(split, f"replicas={args.replicas} does not split {world} ranks into copies of 2 or more: use a divisor")
     expect(args.sp == 1 or args.attention == "varlen", f"sp={args.sp} needs --attention varlen, not {args.attention}")
-    expect(not args.offload or args.plan_gpus or "RANK" in os.environ, f"offload={args.offload} needs torchrun")
+    expect(not args.offload or args.plan or "RANK" in os.environ, f"offload={args.offload} needs torchrun")
     expect(0 <= args.seed < 10**6 and args.steps >= 0, f"seed={args.seed}, steps={args.steps}: use 0 to 999999")
     expect(0 <= args.profile <= args.steps, f"profile={args.profile} is none of the --steps {args.steps}")
-    expect(args.plan_gpus == 0 or args.steps == 0, f"plan_gpus={args.plan_gpus} is for --steps 0: nothing is trained")
-    expect(not (args.eval_only and args.resume), "eval_only evaluates --model: give it the checkpoint, not --resume")
+    known = f"keep_best={args.keep_best!r} is no metric that --eval_every {args.eval_every} gives: use eval/correct"
+    expect(not args.keep_best or (args.eval_every and args.keep_best.startswith("eval/")), known)
+    for flag in "save_every save_minutes keep_last max_minutes stall_minutes eval_every".split():
+        expect(getattr(args, flag) >= 0, f"{flag}={getattr(args, flag)}: must not be below 0")
     expect(args.kl_target is None or args.kl_coef > 0, "kl_target needs a kl_coef above 0 to start from")
     expect(args.tp == 1 or args.engine == "vllm", f"tp={args.tp} needs --engine vllm, not {args.engine}")
     expect(args.eval_temperature > 0 or args.eval_samples == 1, "eval_samples > 1 needs --eval_temperature above 0")
     longest, room = args.max_prompt_tokens + args.max_new_tokens, args.max_tokens_per_microbatch * args.sp
     text = f"max_prompt_tokens + max_new_tokens = {longest} tokens, but"
-    expect(args.eval_only or longest <= room, f"{text} max_tokens_per_microbatch x sp = {room}: raise it")
+    expect(eval_only or longest <= room, f"{text} max_tokens_per_microbatch x sp = {room}: raise it")
     limit = min(getattr(config, "max_position_embeddings", longest) for config in configs)
     expect(longest <= limit, f"{text} the model has {limit} positions: lower the limits")
-    newest, fix = newest_checkpoint(args.out), "choose another --out or remove the folder"
-    if args.resume:
-        expect(newest, f"resume: there is no checkpoint in {args.out!r}: start without --resume, {fix}")
-        expect(int(newest.name[5:]) < args.steps, f"resume: {newest} has all the --steps {args.steps}: ask for more")
-    elif (args.steps or args.eval_only) and Path(args.out).exists():
-        raise ValueError(f"out={args.out!r} exists, nothing is written over: {fix}, or go on with --resume")
+    if (args.steps or eval_only) and not args.plan:
+        runs.check_folder(Path(args.out), args.resume == "auto")
     return configs
 
 
@@ -274,45 +277,66 @@ def microbatches(batch: rollout.Rollout, rows: list[int], args: Args, ranks: ker
     return [kernels.pack(*batch[:2], batch.lengths, [rows[i] for i in bin], ranks.sp_rank, ranks.sp) for bin in mine]
 
 
-def train(args: Args) -> list[dict]:
-    """Runs `args.steps` steps and returns the rows of metrics.jsonl (rank 0: those before a resume, too)."""
+@runs.watched
+def train(args: Args, replay: dict | None = None) -> list[dict]:
+    """Runs `args.steps` steps and returns the rows of metrics.jsonl (rank 0: those before a resume, too). `replay`:
+    what a run left in bad_step_N/batch.pt; that step again, with the weights beside it and no engine, unwritten."""
     begun, main, bf16 = perf_counter(), int(os.environ.get("RANK", 0)) == 0, args.compute_dtype == torch.bfloat16
-    say = print if main else (lambda text: None)
+    say = runs.say if main else (lambda text: None)
     bar = main and sys.stderr.isatty()  # progress bars are for people, not for log files
-    configs = check(args, args.plan_gpus or int(os.environ.get("WORLD_SIZE", 1)))
-    if args.plan_gpus:
-        say(memory(args, args.plan_gpus, args.plan_gb, cuda=True))
+    configs = check(args, args.plan[0] if args.plan else int(os.environ.get("WORLD_SIZE", 1)))
+    if args.plan:
+        say(kernels.memory_plan(asdict(args), *args.plan, cuda=True))
         return []
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    tokenizer = AutoTokenizer.from_pretrained(args.model, trust_remote_code=False)
     source = data.load(args, tokenizer, args.seed, args.eval_rows, bar)  # before ranks: it may fork
     first = tokenizer.decode(next(iter(source.train.values()))[0]["ids"])
     say(f"{source.report}\nthe first prompt, as it is fed: {first!r}".strip())
-    accelerator, ranks = kernels.start_ranks(bf16, args.sp, args.replicas)
+    accelerator, ranks = kernels.start_ranks(bf16, args.sp, args.replicas, 2 * args.stall_minutes or 120)
+    everywhere = partial(kernels.everywhere, ranks=ranks)
     read = repr([(name, len(rows), rows[0]["ids"], rows[-1]["ids"]) for name, rows in source.train.items()])
-    assert len(set(kernels.gather([read + source.report], ranks))) == 1, "ranks differ in rows: share HF_DATASETS_CACHE"
+    assert len(set(everywhere(read + source.report))) == 1, "ranks differ in rows: share HF_DATASETS_CACHE"
     device = accelerator.device
     made = rewards.start({row["task"] for rows in source.test.values() for row in rows}, args)
     made |= kernels.setup(configs[0].model_type, args.liger, bar, bf16, args.attention)
-    newest = newest_checkpoint(args.out) if args.resume else None
-    start = int(newest.name[5:]) if newest else 0
-    config = asdict(args) | {"first_prompt": first}
-    # the engine first, then asleep: it measures the free memory that the models take afterwards
+    config = asdict(args) | {"first_prompt": first, "rows": f"{zlib.crc32(read.encode()):08x}"}
+    found = runs.checkpoints(args.out) if args.resume == "auto" else []
+    found = [replay["folder"]] if replay else everywhere(found)[0]  # what rank 0 sees
+    newest, state = runs.find_checkpoint(found, config, {*config} if replay else FREE, everywhere)
+    start = done = kept = state["step"]  # steps that the weights have had: at first, now, and when they were last saved
+    if newest and start >= args.steps and not replay:
+        say(f"{newest} has all the --steps {args.steps}: nothing is left to do; ask for more")
+        return []
     options = {"max_len": args.max_prompt_tokens + args.max_new_tokens, "dtype": str(args.compute_dtype)[6:]}
-    options |= {name: getattr(args, name) for name in ("max_seqs", "tp", "gpu_memory", "seed", "stop")}
-    sampler = rollout.make_sampler(args.engine, args.model, rollout.eos_ids(args.model, tokenizer), **options)
+    options |= {name: getattr(args, name) for name in ("tp", "gpu_memory", "seed", "stop")}
+    make = partial(rollout.make_sampler, args.engine, args.model, rollout.eos_ids(args.model, tokenizer), **options)
+    sampler = rollout.Recorded(replay["samples"]) if replay else make()
+    policy = None  # comes later: the engine measures the free memory first
 
     def ask(prompts: list[list[int]], n: int, limit: int, temperature: float, step: int, purpose: int) -> list:
-        """n Samples for each of this rank's prompts; functions of (seed, step, purpose) and a prompt's place alone."""
+        """n Samples for each of this rank's prompts; functions of (seed, step, purpose) and a prompt's place alone.
+        When an engine fails, all ranks save, make new ones and try again, once."""
+        nonlocal sampler, kept
         seed = rollout.stream(args.seed, step, purpose) + ranks.rank * len(prompts) // ranks.world * n
-        return sampler.sample(kernels.share(prompts, ranks), n, limit, temperature, seed, bar)
+        for tries in (1, 2):
+            samples, fault = rollout.attempt(sampler, kernels.share(prompts, ranks), n, limit, temperature, seed, bar)
+            if not any(faults := everywhere(fault)):
+                return samples
+            if tries == 1:
+                say(f"warning: an engine failed; all are made anew, with the weights of step {done}. {''.join(faults)}")
+                kept = keep(f"checkpoints/step_{done}", wait=True) if done > kept else kept
+                sampler = None  # its memory is needed
+                sampler = make()
+                sampler.load(kernels.full_weights(policy, args.compute_dtype) if policy else ())
+        raise RuntimeError(f"an engine failed twice on the same prompts; step {kept} is saved. {''.join(faults)}")
 
     def judge(rows: list[dict], n: int, samples: list[rollout.Sample]) -> tuple:
         """All ranks' samples and texts, n for each row, and a function that waits for their results."""
         texts = [tokenizer.decode(s.ids, skip_special_tokens=True) for s in samples]
         rows = [row for row in kernels.share(rows, ranks) for _ in range(n)]
-        pending = rewards.submit(texts, rows, [s.finished for s in samples], rules=args)
+        pending = [] if replay else rewards.submit(texts, rows, [s.finished for s in samples], rules=args)
         samples, texts = zip(*kernels.gather(list(zip(samples, texts)), ranks))
-        return samples, texts, lambda: kernels.gather([future.result() for future in pending], ranks)
+        return samples, texts, lambda: kernels.gather([f.result() for f in pending], ranks) or replay["scored"]
 
     def evaluate() -> tuple[dict[str, float], list[dict]]:
         """Metrics and all answers on held-out rows, eval_samples to each, with the same random numbers every time."""
@@ -324,9 +348,9 @@ def train(args: Args) -> list[dict]:
         metrics["eval/length_mean"] = sum(len(sample.ids) for sample in samples) / len(samples)
         return metrics, rollout.records(start, rows, texts, samples, scored)
 
-    if args.eval_only:
+    if args.steps == 0 < args.eval_every:
         metrics, answers = evaluate()
-        history, log = open_run_folder(Path(args.out), config, start, main)
+        history, log = runs.open_folder(Path(args.out), config, start, args.wandb, main)
         log({"step": start} | metrics, answers)
         say("\n".join(f"{name} {value:.4f}" for name, value in metrics.items()))
         sampler.close()
@@ -334,29 +358,56 @@ def train(args: Args) -> list[dict]:
 
     sampler.sleep()
     how = {"accelerator": accelerator, "attention": args.attention, "checkpointing": args.gradient_checkpointing}
-    policy = kernels.load_policy(args.model, **how, offload="policy" in args.offload)
-    critic = kernels.load_critic(args.critic_model or args.model, **how, offload="critic" in args.offload)
+    at = [newest / "policy", newest / "critic"] if newest else [args.model, args.critic_model or args.model]
+    policy = kernels.load_policy(at[0], **how, offload="policy" in args.offload)
+    critic = kernels.load_critic(at[1], **how, offload="critic" in args.offload)
     how |= {"trained": False, "offload": "reference" in args.offload}
     ref = kernels.load_policy(args.model, **how) if args.kl_coef else None
     kl_place, kl_kind = args.kl_in.split("-")
     adam, max_norm = {"betas": (0.9, 0.95), "weight_decay": 0.0, "fused": True}, 1.0  # of gradients, for clipping
     models = {"policy": policy, "critic": critic, "reference": ref}
     trained = {k: (m, torch.optim.AdamW(m.parameters(), **adam)) for k, m in models.items() if m is not ref}
-    if newest:
-        kernels.load_sharded(newest / "resume", trained)
-    kl_coef = json.loads((newest / "state.json").read_text())["kl_coef"] if newest and args.kl_target else args.kl_coef
-    history, log = open_run_folder(Path(args.out), config, start, main and args.steps > 0)
-    made["engine"] = f"{args.engine} tp {args.tp}"
-    say(plan(args, ranks, models, made, start) if main else "")
+    kernels.load_moments(newest, trained)
+    streaks, best, kl_coef = state["streaks"], state["best"], state["kl_coef"] or args.kl_coef
+    saver = runs.Saver(args.out, args.keep_last, args.keep_best)
+    history, log = runs.open_folder(Path(args.out), config, start, args.wandb, main and args.steps > 0 and not replay)
+    say(runs.plan(args, ranks, models, made, start))
+    if args.steps == 0:
+        say(kernels.memory_plan(asdict(args), ranks.world, None, torch.cuda.is_available()))
+
+    def keep(name: str, wait: bool = False) -> int:
+        """A checkpoint of step `done`. What is not in it is a function of the step: prompts, seeds, learning rates."""
+        final, row = Path(args.out, name), next((row for row in history[-1:] if row["step"] == done), {})
+        parts = kernels.checkpoint_parts(trained, ranks, tokenizer, saver.begin(final, trained, everywhere))
+        carried = {"kl_coef": kl_coef if args.kl_target else None, "streaks": streaks, "best": best}
+        saver.save(final, parts, {"step": done, "metrics": row, "config": config} | carried)
+        if wait:
+            saver.wait()
+            everywhere(None)  # rank 0 has given it its name
+        return done
+
+    def must_be_finite(recorded: dict, **tensors: Tensor | None) -> None:
+        """Ends the run on all ranks when a number is not finite on one of them, before it reaches a weight. What the
+        step was made of stays in bad_step_N: weights and moments as they are now, and `recorded` in batch.pt."""
+        bad = [text for texts in everywhere(runs.not_finite(**tensors)) for text in texts]
+        error = f"step {done + 1}: {'; '.join(bad[:4])}: nothing was updated with it, nothing saved over"
+        if bad and not replay:
+            keep(f"bad_step_{done + 1}", wait=True)
+            file = Path(args.out, f"bad_step_{done + 1}", "batch.pt")
+            if main:
+                torch.save(recorded | {"args": runs.hidden(asdict(args)) | recorded["flags"], "error": error}, file)
+            error += f". Once more, without an engine: python ppo.py --replay {file}"
+        if bad:
+            raise FloatingPointError(error)
 
     def forward(model: nn.Module, batch: rollout.Rollout) -> Tensor:
         """The critic's values, or another model's log-probs, of a whole batch: (B, T) on every rank, no gradient."""
+        if replay and any(replay["taken"].values()):  # the weights are no longer those that this was computed with
+            return next(replay["forward"][name].to(device) for name in models if models[name] is model)
         with torch.no_grad():
-            micro = microbatches(batch, range(len(batch.lengths)), args, ranks)
-            if model is critic:
-                answers = [kernels.critic_forward(model, p, ranks.sp_group) for p in micro]
-            else:
-                answers = [kernels.policy_forward(model, p, args.temperature, ranks.sp_group)[0] for p in micro]
+            micro, sp = microbatches(batch, range(len(batch.lengths)), args, ranks), ranks.sp_group
+            answers = [kernels.critic_forward(critic, p, sp) if model is critic else
+                       kernels.policy_forward(model, p, args.temperature, sp)[0] for p in runs.counted(micro)]
         kernels.reshard(model)
         return kernels.unpack([(p.index, answer) for p, answer in zip(micro, answers)], batch.mask, ranks)
 
@@ -366,47 +417,52 @@ def train(args: Args) -> list[dict]:
         sampler.load(kernels.full_weights(policy, args.compute_dtype))
         prompts = [row["ids"] for row in data.batch(source.train, step, 4 * ranks.world, args.seed, source.weights)]
         samples = ask(prompts, 1, min(64, args.max_new_tokens), args.temperature, step, purpose=2)
-        batch = rollout.collate(prompts, kernels.gather(samples, ranks), device)
+        samples = kernels.gather(samples, ranks)
+        batch = rollout.collate(prompts, samples, device)
+        recorded = rollout.record(samples, prompts_per_step=len(prompts), samples_per_prompt=1, minibatch_size=None)
+        must_be_finite(recorded, engine_logprobs=batch.sampler_logprobs)
         gap = (forward(policy, batch) - batch.sampler_logprobs).abs().view(ranks.world, -1).sum(1)
         worst = (gap / batch.mask.view(ranks.world, -1).sum(1)).max().item()
         if not worst < (limit := 0.05 if bf16 else 0.001):
-            why = "the engine has stale or wrong weights, or another temperature or precision"
-            raise RuntimeError(f"canary at step {step}: log-probs differ by {worst:.4f}, allowed {limit}: {why}")
+            text = f"canary at step {step}: log-probs differ by {worst:.4f}, allowed {limit}: "
+            raise RuntimeError(text + "the engine has stale or wrong weights, or another temperature or precision")
         return worst
 
-    canary = hand_over(start)
+    canary = 0.0 if replay else hand_over(start)
     say(f"ready after {perf_counter() - begun:.0f} s; engine and trainer agree within {canary:.1e} nats a token")
-    if args.eval_every and start == 0 < args.steps:
+    if args.eval_every and start == 0 < args.steps and not replay:
         log({"step": 0} | evaluate()[0])
         say(f"step    0/{args.steps} | eval {history[-1]['eval/correct']:.3f} of the held-out rows right")
 
-    begun = perf_counter()
-    for step in range(start, max(args.steps, 1)):
-        times, meter = {}, kernels.Meter()
+    skip = replay["taken"] if replay else {}  # updates that the weights have had already
+    begun, late, stop = perf_counter(), {}, ""
+    for step in range(start, max(args.steps, start + bool(replay), 1)):
+        runs.NOW["step"], times, meter = step + 1, late, kernels.Meter()  # late: what saving took after the step before
         trace = Path(args.out, "profile") if step + 1 == args.profile else None
 
         # ---- 1. sample: the policy answers a fresh batch of prompts
-        with kernels.timed(times, "sample"):
+        with runs.timed(times, "sample"):
             rows = data.batch(source.train, step, args.prompts_per_step, args.seed, source.weights)
             prompts = [row["ids"] for row in rows]
             samples = ask(prompts, args.samples_per_prompt, args.max_new_tokens, args.temperature, step, purpose=0)
             sampler.sleep()
 
         # ---- 2. reward: text -> number, in other processes while phase 3 runs; every rank gets the whole batch
-        with kernels.timed(times, "reward"):
+        with runs.timed(times, "reward"):
             samples, texts, results = judge(rows, args.samples_per_prompt, samples)
             rows, prompts = ([x for x in xs for _ in range(args.samples_per_prompt)] for xs in (rows, prompts))
             batch = rollout.collate(prompts, samples, device)
+            runs.NOW["longest"] = max(batch.lengths)
 
         # ---- 3. forward: log-probs under policy and reference, values under the critic; no grad
         train_policy = step >= args.critic_warmup
         # with one update a step the old log-probs are that update's own, detached: no pass for them
         on_policy = train_policy and args.updates_per_step == 1 and not (ref and kl_place == "reward")
-        with kernels.timed(times, "forward"), kernels.profiled(trace, f"forward_rank{ranks.rank}"):
+        with runs.timed(times, "forward"), runs.profiled(trace, f"forward_rank{ranks.rank}"):
             old_values = forward(critic, batch)
             old_logprobs = None if on_policy else forward(policy, batch)
             ref_logprobs = forward(ref, batch) if ref else None
-        with kernels.timed(times, "reward"):  # what is left to wait for
+        with runs.timed(times, "reward"):  # what is left to wait for
             scored = results()
             scores = torch.tensor([result["reward"] for result in scored], device=device)  # (B,), as `sound`
             sound = torch.tensor([result["status"] != "infra" for result in scored], device=device)
@@ -414,23 +470,31 @@ def train(args: Args) -> list[dict]:
             mask = batch.mask & sound[:, None]  # a sample that our own machine failed on teaches nothing
             batch = batch._replace(mask=mask)
             shown = rollout.records(step + 1, rows, texts, samples, scored)[:: -(-len(rows) // 8)]  # eight of them
-        if args.steps == 0:
+        if args.steps == 0 and not replay:
             say(f"one batch: reward {scores.mean():.3f}\n" + rollout.show(shown[:2]))
             break
 
         # ---- 4. advantage: score on the last response token, KL penalty on every one; GAE
-        with kernels.timed(times, "advantage"):
+        with runs.timed(times, "advantage"):
             last = mask & ~torch.nn.functional.pad(mask, (0, 1))[:, 1:]
             token_rewards = torch.where(last, scores[:, None], 0.0)
             if ref and kl_place == "reward":
                 penalty = kl_coef * kl_estimate(old_logprobs, ref_logprobs, kl_kind)
                 token_rewards = token_rewards - torch.where(mask, penalty, 0.0)
             advantages, returns = gae(token_rewards, old_values, mask, args.gamma, args.lam)
-            advantages = whiten(advantages, mask) if args.whiten else advantages
+            advantages = whiten(advantages, mask)
+        if stop := runs.stop_reason(args.max_minutes, everywhere):
+            break  # a safe point: the weights are still those of the step before, and this one can be done again
+        before = {"critic": old_values, "policy": old_logprobs, "reference": ref_logprobs}
+        taken = dict.fromkeys(trained, 0)  # updates, for a replay
+        recorded = rollout.record(samples, scored, taken, before)
+        numbers = {"engine_logprobs": batch.sampler_logprobs, "values": old_values, "logprobs": old_logprobs}
+        numbers |= {"rewards": scores, "ref_logprobs": ref_logprobs, "advantages": advantages, "returns": returns}
+        must_be_finite(recorded, **numbers)
 
         # ---- 5. update: epochs x minibatches x micro-batches; policy, then critic
-        with kernels.timed(times, "update"), kernels.profiled(trace, f"update_rank{ranks.rank}"):
-            fresh, updates, dump = [], 0, Path(args.out) / f"bad_batch_step{step + 1}_rank{ranks.rank}.pt"
+        with runs.timed(times, "update"), runs.profiled(trace, f"update_rank{ranks.rank}"):
+            fresh, updates = [], 0
             for epoch in range(args.ppo_epochs):
                 order = random.Random(f"{args.seed} {step} {epoch}").sample(range(args.batch_size), args.batch_size)
                 for chosen in (order[i : i + args.minibatch] for i in range(0, args.batch_size, args.minibatch)):
@@ -438,13 +502,14 @@ def train(args: Args) -> list[dict]:
                     # the one denominator: this update's response tokens on all ranks; times world, as FSDP averages
                     scale = ranks.world / max(1, mask[chosen].sum().item())
                     updates += 1
-                    done = step * args.updates_per_step + updates
-                    policy_lr = warmed(args.lr, done - args.critic_warmup * args.updates_per_step, args.warmup)
-                    critic_lr = warmed(args.critic_lr, done, args.warmup)
+                    update = step * args.updates_per_step + updates
+                    policy_lr = warmed(args.lr, update - args.critic_warmup * args.updates_per_step, args.warmup)
+                    critic_lr = warmed(args.critic_lr, update, args.warmup)
                     if not mask[chosen].any():  # all of them failed on our side; equal on all ranks
                         continue
 
-                    for p in micro if train_policy else []:
+                    active = [k for k in trained if updates > skip.get(k, 0) and (train_policy or k == "critic")]
+                    for p in runs.counted(micro) if "policy" in active else []:
                         logprobs, entropy = kernels.policy_forward(policy, p, args.temperature, ranks.sp_group)
                         old = logprobs.detach() if on_policy else old_logprobs.view(-1)[p.index]
                         advantage = advantages.view(-1)[p.index]
@@ -460,141 +525,76 @@ def train(args: Args) -> list[dict]:
                         meter.add("policy/", loss=loss, entropy=entropy, clipfrac_low=low, clipfrac_high=high)
                         meter.add("policy/", approx_kl=kl_estimate(old, logprobs, "k3"))
                         fresh.append((p.index, logprobs.detach()))
-                    if train_policy:
-                        norm = kernels.optimizer_step(*trained["policy"], policy_lr, max_norm, batch, dump)
+                    if "policy" in active:
+                        norm = kernels.optimizer_step(*trained["policy"], policy_lr, max_norm)
                         meter.add("policy/", grad_norm=norm)
+                        must_be_finite(recorded, **kernels.suspects(policy, norm, meter))
+                        taken["policy"] = updates
 
-                    for p in micro:
+                    for p in runs.counted(micro) if "critic" in active else []:
                         values, old = kernels.critic_forward(critic, p, ranks.sp_group), old_values.view(-1)[p.index]
                         loss, clipped = value_loss(values, old, returns.view(-1)[p.index], args.value_clip)
                         (loss.sum() * scale).backward()
                         meter.add("critic/", loss=loss, clipfrac=clipped)
-                    norm = kernels.optimizer_step(*trained["critic"], critic_lr, max_norm, batch, dump)
-                    meter.add("critic/", grad_norm=norm)
+                    if "critic" in active:
+                        norm = kernels.optimizer_step(*trained["critic"], critic_lr, max_norm)
+                        meter.add("critic/", grad_norm=norm)
+                        must_be_finite(recorded, **kernels.suspects(critic, norm, meter))
+                        taken["critic"] = updates
             if on_policy:
                 old_logprobs = kernels.unpack(fresh, mask, ranks)
+        if replay:
+            say(f"step {step + 1} once more: every number is finite. It had ended with: {replay['error']}")
+            break
+        done = step + 1
 
         # ---- 6. sync: the engine gets the new weights and must prove it
-        with kernels.timed(times, "sync"), kernels.profiled(trace, f"sync_rank{ranks.rank}"):
+        with runs.timed(times, "sync"), runs.profiled(trace, f"sync_rank{ranks.rank}"):
             canary = hand_over(step + 1)
 
         # ---- 7. report: metrics, one line, samples, evaluation, checkpoint
-        with kernels.timed(times, "report"):
+        with runs.timed(times, "report"):
             row = {"step": step + 1, **rewards.summary(scored, [row["task"] for row in rows])}
             row |= rollout.summary(samples, times["time/sample"])
             row |= rollout.mismatch(old_logprobs[mask], batch.sampler_logprobs[mask], args.tis_cap)
             row |= meter.means(ranks) | {"mismatch/canary": canary, "policy/lr": policy_lr, "critic/lr": critic_lr}
-            row |= critic_metrics(old_values[mask], returns[mask])
+            row |= critic_metrics(old_values[mask], returns[mask]) | {"reward/std": scores.std(unbiased=False).item()}
             if ref:
                 kl = kl_estimate(old_logprobs, ref_logprobs, kl_kind)[mask].mean().item()
                 row |= {"policy/ref_kl": kl, "policy/kl_coef": kl_coef}
                 if args.kl_target:
                     kl_coef = adapt_kl_coef(kl_coef, kl, args.kl_target, args.batch_size)
-            done = step + 1 == args.steps
-            if args.eval_every and (done or (step + 1) % args.eval_every == 0):
+            if args.eval_every and (done == args.steps or done % args.eval_every == 0):
                 row |= evaluate()[0]
-            if done or (args.save_every and (step + 1) % args.save_every == 0):
-                save(Path(args.out), step + 1, kl_coef, trained, tokenizer, main)
         fed, updated = [n - 1 for n in batch.lengths], [critic, policy] if train_policy else [critic]
-        row |= times | kernels.utilisation(times, updated, fed, mask.sum().item(), args.ppo_epochs, ranks)
-        row |= data.plan_summary(fed, args.max_tokens_per_microbatch * args.sp, ranks.rows)
+        row |= times | data.plan_summary(fed, args.max_tokens_per_microbatch * args.sp, ranks.rows)
+        row |= kernels.utilisation(times, updated, fed, mask.sum().item(), args.ppo_epochs, ranks)
         log(row, shown)
-        say(line(row, args, (perf_counter() - begun) / (step + 1 - start)))
-        if args.show_every and (step + 1) % args.show_every == 0:
+        say(runs.line(row, args.steps, (perf_counter() - begun) / (done - start)))
+        if done % 10 == 0:
             say(rollout.show(shown[:2]))
+        for warning in runs.divergence(row, streaks, step < args.critic_warmup + 50, keep):
+            say(warning)
+        if better := row.get(args.keep_best, -math.inf) > best:
+            best = row[args.keep_best]
+        late, due = {}, everywhere(saver.due(args.save_minutes))[0]  # by the clock of rank 0
+        if done > kept and (better or due or (args.save_every and done % args.save_every == 0)):
+            with runs.timed(late, "save"):
+                kept = keep(f"checkpoints/step_{done}")
+        if stop := runs.stop_reason(args.max_minutes, everywhere):
+            break
+
+    kept = keep(f"checkpoints/step_{done}") if done > kept else kept
+    saver.wait()
+    if stop:
+        say(f"{stop}: ended after step {done} of {args.steps}; --resume auto goes on from there")
     sampler.close()
     return history
 
 
-# ------------------------------------------------------------------------------------------------------------ reporting
-
-
-def plan(args: Args, ranks: kernels.Ranks, models: dict, made: dict[str, str], start: int) -> str:
-    """The batch arithmetic, what was chosen for the user, and for --steps 0 the memory plan."""
-    made |= {k: f"{sum(p.numel() for p in m.parameters()) / 1e6:.1f}M" if m else "none" for k, m in models.items()}
-    return (
-        f"plan: {args.prompts_per_step} prompts x {args.samples_per_prompt} = {args.batch_size} samples a step; "
-        f"{args.ppo_epochs} epochs x {args.batch_size // args.minibatch} minibatches of {args.minibatch} samples; "
-        f"micro-batches <= {args.max_tokens_per_microbatch * args.sp} tokens on {ranks.rows} x {ranks.sp} ranks; "
-        f"steps {start} to {args.steps}\nmade: " + ", ".join(f"{k} {v}" for k, v in made.items())
-        + ("" if args.steps else "\n" + memory(args, ranks.world, None, torch.cuda.is_available()))
-    )
-
-
-def memory(args: Args, ranks: int, gb: float | None, cuda: bool) -> str:
-    """What each rank will need, for the flags as they are: memory.py's answer. gb of a card; None: of this machine."""
-    given = asdict(args) | {"ranks": ranks, "card_gb": gb, "bf16": cuda, "sharded": cuda or "RANK" in os.environ}
-    command = [sys.executable, "-P", Path(__file__).with_name("memory.py")]
-    return subprocess.run(command, input=json.dumps(given), stdout=subprocess.PIPE, text=True, check=True).stdout
-
-
-def line(row: dict, args: Args, seconds_per_step: float) -> str:
-    """One step for people; fixed order, so that grep works."""
-    minutes, mfu = seconds_per_step * (args.steps - row["step"]) / 60, row["perf/mfu"]
-    clip = row.get("policy/clipfrac_low", 0.0) + row.get("policy/clipfrac_high", 0.0)
-    phases = " + ".join(f"{k[5:]} {v:.1f}" for k, v in row.items() if k.startswith("time/") and k != "time/step")
-    return (
-        f"step {row['step']:4d}/{args.steps} | reward {row['reward/mean']:.3f} correct {row['reward/correct']:.3f} | "
-        f"len {row['rollout/length_mean']:.0f} trunc {row['rollout/truncated_frac']:.0%} | kl "
-        f"{row.get('policy/approx_kl', 0):.4f} ent {row.get('policy/entropy', 0):.2f} clip {clip:.1%} "
-        f"gn {row.get('policy/grad_norm', 0):.2f} ev {row['critic/explained_var']:.2f} gap "
-        f"{row['mismatch/logp_abs_mean']:.0e} mfu {mfu:.0%} | {row['time/step']:.1f}s = {phases} | eta {minutes:.0f}m"
-        + (f" | eval {row['eval/correct']:.3f}" if "eval/correct" in row else "")
-    )
-
-
-# --------------------------------------------------------------------------------------------- run folder, checkpoints
-
-
-def newest_checkpoint(out: str | Path) -> Path | None:
-    """Complete ones only: a checkpoint is written aside and renamed."""
-    found = [path for path in Path(out, "checkpoints").glob("step_*") if path.name[5:].isdigit()]
-    return max(found, key=lambda path: int(path.name[5:]), default=None)
-
-
-def open_run_folder(out: Path, config: dict, start: int, main: bool):
-    """(rows of metrics.jsonl up to `start`, a function that adds a row there and to W&B, and samples to their file)"""
-    kept = {"metrics.jsonl": [], "samples.jsonl": []}  # what came after the checkpoint will come again
-    for name in kept if start and main else ():
-        whole = [json.loads(text) for text in open(out / name) if text.endswith("\n")]  # a killed run may tear the last
-        kept[name] = [row for row in whole if row["step"] <= start]
-    history, board = kept["metrics.jsonl"], None
-    if main:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "config.json").write_text(json.dumps(config, indent=1))
-        for name, rows in kept.items():
-            (out / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
-        for name in ("ppo", "rollout", "rewards", "data", "kernels", "memory", "sandbox", "equality"):
-            shutil.copy(Path(__file__).parent / f"{name}.py", out)
-        if config["wandb"]:
-            board = __import__("wandb").init(project=config["wandb"], name=out.name, config=config)
-
-    def log(row: dict, samples: list[dict] = ()) -> None:
-        history.append(row)
-        for name, rows in (("metrics.jsonl", [row]), ("samples.jsonl", samples)) if main else ():
-            with open(out / name, "a") as file:
-                file.writelines(json.dumps(r) + "\n" for r in rows)
-        if board:
-            board.log(row, step=row["step"])
-
-    return history, log
-
-
-def save(out: Path, step: int, kl_coef: float, trained: dict, tokenizer, main: bool) -> None:
-    """checkpoints/step_N/{policy,critic}: ordinary Hugging Face folders; resume/: sharded weights and optimizers. All
-    else is a function of the step (prompts, seeds, learning rates), but for the KL coefficient."""
-    final = out / "checkpoints" / f"step_{step}"
-    aside = final.with_name(final.name + ".tmp")
-    for name, (model, _) in trained.items():
-        state = {key: tensor.to("cpu", copy=True) for key, tensor in kernels.full_weights(model, torch.float32) if main}
-        if main:
-            model.save_pretrained(aside / name, state_dict=state)
-            tokenizer.save_pretrained(aside / name)
-    kernels.save_sharded(aside / "resume", trained)
-    if main:
-        (aside / "state.json").write_text(json.dumps({"step": step, "kl_coef": kl_coef}))
-        aside.rename(final)
-
-
 if __name__ == "__main__":
-    train(parse_args())
+    if sys.argv[1:2] == ["--replay"]:  # FILE of a run that ended with a number that is not finite; its flags are inside
+        flags, replay = rollout.load_record(Path(sys.argv[2]))
+        train(Args(**flags), replay)
+    else:
+        train(parse_args())

@@ -9,6 +9,7 @@ Left out on purpose: top_p and top_k. They change the distribution sampled from,
 import gc
 import os
 from collections.abc import Iterable
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -121,21 +122,28 @@ class VLLMSampler:
         special = {"gpu_memory_utilization": gpu_memory} if cuda else {"kv_cache_memory_bytes": kv_cache_mb << 20}
         if not cuda:  # a prompt fed in two parts makes a seeded request fail there ("Generator does not use offset")
             special |= {"enable_chunked_prefill": False, "max_num_batched_tokens": max(4096, max_len)}
-        self.llm = LLM(
-            path,
-            skip_tokenizer_init=not stop,
-            dtype=dtype,
-            tensor_parallel_size=tp,
-            distributed_executor_backend="external_launcher" if torchrun else None,
-            enable_sleep_mode=cuda,
-            enforce_eager=not cuda,  # CUDA graphs there; on CPU compiling takes a minute and gains nothing
-            max_model_len=max_len,
-            max_num_seqs=max_seqs,
-            seed=seed,  # note: reseeds this process; equal on all ranks
-            logprobs_mode="processed_logprobs",  # after temperature, as the trainer computes them
-            use_tqdm_on_load=False,
-            **special,
-        )
+        try:
+            self.llm = LLM(
+                path,
+                skip_tokenizer_init=not stop,
+                load_format="safetensors",  # never a pickle
+                dtype=dtype,
+                tensor_parallel_size=tp,
+                distributed_executor_backend="external_launcher" if torchrun else None,
+                enable_sleep_mode=cuda,
+                enforce_eager=not cuda,  # CUDA graphs there; on CPU compiling takes a minute and gains nothing
+                max_model_len=max_len,
+                max_num_seqs=max_seqs,
+                seed=seed,  # note: reseeds this process; equal on all ranks
+                logprobs_mode="processed_logprobs",  # after temperature, as the trainer computes them
+                use_tqdm_on_load=False,
+                **special,
+            )
+        except Exception as error:
+            free, total = (x / 2**30 for x in torch.cuda.mem_get_info()) if cuda else (0.0, 0.0)
+            text = f"of {total:.1f} GB {free:.1f} are free, --gpu_memory asks for {gpu_memory * total:.1f}: lower it"
+            text = text if cuda else "lower --max_new_tokens"
+            raise RuntimeError(f"the engine did not start ({text}): {error}") from error
         if local_world is not None:
             os.environ["LOCAL_WORLD_SIZE"] = local_world
         self.eos_ids, self.stop, self.max_len, self.awake = eos_ids, list(stop), max_len, True
@@ -205,6 +213,45 @@ class VLLMSampler:
         self.llm.llm_engine.engine_core.shutdown()
 
 
+def record(samples: list[Sample], scored: list[dict] = (), taken: dict | None = None, forward=None, **flags) -> dict:
+    """What a step was made of, for Recorded; `flags` differ from the run's."""
+    scored = scored or [{"reward": 0.0, "correct": 0.0, "status": "wrong"}] * len(samples)
+    known = {"samples": [*map(tuple, samples)], "scored": scored, "taken": taken or {}, "forward": forward}
+    return known | {"flags": flags}
+
+
+def load_record(file: Path) -> tuple[dict, dict]:
+    """(flags, record) of bad_step_N/batch.pt, whose run was in the folder above. One process needs no parallelism."""
+    record = torch.load(file, map_location="cpu", weights_only=True)  # runs no code
+    alone = {} if "RANK" in os.environ else {"sp": 1, "tp": 1, "replicas": 1, "offload": ()}
+    flags = record["args"] | alone | {"out": str(file.parent.parent), "resume": "auto"}
+    return flags, record | {"folder": file.parent}
+
+
+class Recorded:
+    """The samples of a step that was recorded, in place of an engine."""
+
+    def __init__(self, samples: list[Sample]):
+        self.samples = [Sample(*sample) for sample in samples]
+
+    def sample(self, prompts, n, *_) -> list[Sample]:
+        first = dist.get_rank() * len(prompts) * n if dist.is_initialized() else 0  # shares are equal
+        return self.samples[first : first + len(prompts) * n]
+
+    def sleep(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def attempt(sampler, *question) -> tuple[list[Sample], str]:
+    """The engine's answers, or what went wrong."""
+    try:
+        return sampler.sample(*question), ""
+    except Exception as error:
+        rank = dist.get_rank() if dist.is_initialized() else 0
+        return [], f"rank {rank}: {type(error).__name__}: {error} "
+
+
 def _prepare_cpu() -> None:
     """Two corrections to vLLM 0.32 on CPU, both before the engine is built."""
     import vllm.distributed.device_communicators.cpu_communicator as communicator
@@ -235,7 +282,9 @@ class TorchSampler:
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         device = f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu"
-        self.model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation="sdpa").to(device)
+        safe = {"use_safetensors": True, "trust_remote_code": False}
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation="sdpa", **safe)
+        self.model = model.to(device)
         self.model.requires_grad_(False).eval()
         self.eos_ids, self.max_len, self.max_seqs, self.device = eos_ids, max_len, max_seqs, device
         self.stop, self.tokenizer = stop, AutoTokenizer.from_pretrained(path) if stop else None
@@ -318,6 +367,7 @@ def make_sampler(
     engine: str, path: str, eos_ids: list[int], tp: int = 1, gpu_memory: float = 0.6, seed: int = 0, **both
 ) -> VLLMSampler | TorchSampler:
     """`both` is what either engine takes: max_len, max_seqs, dtype, stop."""
+    gc.collect()  # one that failed before may still hold memory, in cycles
     if engine == "vllm":
         return VLLMSampler(path, eos_ids, tp=tp, gpu_memory=gpu_memory, seed=seed, **both)
     if engine == "torch":

@@ -7,7 +7,7 @@
 #   RECIPE=countdown-0.5b        bash run_4xh100.sh           # Qwen2.5-0.5B on Countdown, 1 GPU
 #   RECIPE=countdown-3b          bash run_4xh100.sh           # Qwen2.5-3B on Countdown, 2 GPUs
 #   RECIPE=countdown-3b-instruct bash run_4xh100.sh           # Qwen2.5-3B-Instruct with its chat template, 2 GPUs
-#   bash run_4xh100.sh --steps 0 --plan_gpus 4 --plan_gb 80   # will it fit? needs no GPU
+#   bash run_4xh100.sh --plan 4 80                            # will it fit? needs no GPU
 #
 #   NNODES=2 HEAD=node0:29500 bash run_4xh100.sh --replicas 2  # on each of two nodes that share this folder
 #
@@ -30,7 +30,7 @@ export PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True   # packed rows come in 
 
 FLAGS=( # what all of them share: TinyZero's settings, which the run on Eurus kept
   --model "$BASE_MODEL" --critic_model "${CRITIC_MODEL:-$BASE_MODEL}"  # the critic starts as the policy does
-  --out "runs/${EXPERIMENT_NAME:-$RECIPE}"  # the run folder
+  --out "runs/${EXPERIMENT_NAME:-$RECIPE}" --resume auto  # the run folder; goes on where it was, if it was
   --tp "${ROLLOUT_TP_SIZE:-$tp}"      # GPUs that share an engine
   --minibatch_size 128                # of 256 samples: two updates a step
   --critic_lr 1e-5                    # ten times the policy's, which has the default 1e-6
@@ -61,8 +61,10 @@ else
   [ "$RECIPE" = countdown-3b-instruct ] && FLAGS+=(--template chat)  # base models get plain text
 fi
 case " $* " in
-  *" --plan_gpus "*) exec python ppo.py "${FLAGS[@]}" "$@" ;;        # arithmetic only
+  *" --plan "*) exec python ppo.py "${FLAGS[@]}" "$@" ;;        # arithmetic only
 esac
 where=(--standalone)
 [ "${NNODES:-1}" -gt 1 ] && where=(--nnodes "$NNODES" --rdzv_backend c10d --rdzv_endpoint "$HEAD" --rdzv_id "$RECIPE")
-exec torchrun "${where[@]}" --nproc_per_node "${N_GPUS:-$gpus}" ppo.py "${FLAGS[@]}" "$@"
+# one command for a start and for every restart: --resume auto goes on from the newest checkpoint, if there is one. On
+# SIGTERM a step may be finished and saved before anything is killed
+exec torchrun --shutdown_timeout 3600 "${where[@]}" --nproc_per_node "${N_GPUS:-$gpus}" ppo.py "${FLAGS[@]}" "$@"

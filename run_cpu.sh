@@ -27,7 +27,8 @@ fi
 
 SEED=${SEED:-0}
 OUT=${OUT:-runs/cpu-seed$SEED}
-[ -e "$OUT" ] && { echo "$OUT exists: remove it, or say SEED=... or OUT=..."; exit 1; }
+[[ -e "$OUT" && " $* " != *" --resume auto "* ]] && {
+  echo "$OUT exists: remove it, say SEED=... or OUT=..., or go on with --resume auto"; exit 1; }
 NPROC=$(($(nproc) > 1 ? 2 : 1))
 export PATH="$PWD/.venv/bin:$PATH"
 export OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE # spinning threads would make it ten times slower on busy cores
