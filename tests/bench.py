@@ -34,6 +34,7 @@ import data  # noqa: E402
 import kernels  # noqa: E402
 import rewards  # noqa: E402
 import rollout  # noqa: E402
+import runs  # noqa: E402
 import tiny  # noqa: E402
 
 CUDA = torch.cuda.is_available()
@@ -247,9 +248,9 @@ def peak(which: str, shape: list[int]) -> float:
     """MB that one forward and backward takes on top of its inputs, in a process that has done no other."""
     head_run(which, 8, 64, 16)()  # threads and libraries
     run, times = head_run(which, *shape), {}
-    with kernels.timed(times, "before"):
+    with runs.timed(times, "before"):
         pass
-    with kernels.timed(times, "run"):
+    with runs.timed(times, "run"):
         run()
     return 1024 * (times["perf/peak_gb_run"] - times["perf/peak_gb_before"])
 
@@ -294,7 +295,7 @@ def bench_reward(text: str, row: dict) -> dict:
 def our_run(flags: list[str]) -> list[dict]:
     """metrics.jsonl of ppo.py without its first step."""
     data.TASKS["bench"], rewards.REWARDS["bench"] = load_bench, bench_reward
-    return ppo.train(ppo.parse_args([*flags, "--out", "run", "--show_every", "0", "--no_gradient_checkpointing"]))[1:]
+    return ppo.train(ppo.parse_args([*flags, "--out", "run", "--no_gradient_checkpointing"]))[1:]
 
 
 def trl_run(model: str, prompts: int, samples: int, new: int, steps: int, use_vllm: bool) -> list[dict]:
@@ -325,7 +326,7 @@ def trl_run(model: str, prompts: int, samples: int, new: int, steps: int, use_vl
 
     def watch(key: str, call: Callable) -> Callable:
         def watched(*given, **named):
-            with kernels.timed(parts, key):
+            with runs.timed(parts, key):
                 return call(*given, **named)
 
         return watched
@@ -358,15 +359,15 @@ def trl() -> None:
         return
     size = {"prompts": 64, "samples": 4, "new": 256, "steps": 4}
     for stops, launches in ((True, 2), (False, 1)):
-        runs: dict[str, list[dict]] = {"ours": [], "transformers": [], "vLLM": []}
+        sides: dict[str, list[dict]] = {"ours": [], "transformers": [], "vLLM": []}
         with tempfile.TemporaryDirectory(prefix="bench-") as folder:
             model = make_model(f"{folder}/model", 128, 3, stops=stops)
             for _ in range(launches):
-                runs["ours"] += child(our_run, flags=["--model", model, "--task", "bench", "--steps", "4", *TRL])
+                sides["ours"] += child(our_run, flags=["--model", model, "--task", "bench", "--steps", "4", *TRL])
                 for engine in ("transformers", "vLLM"):
-                    runs[engine] += child(trl_run, model=model, use_vllm=engine == "vLLM", **size)
-        rows, ours = [], [row["time/step"] for row in runs["ours"]]
-        for who, steps in runs.items():
+                    sides[engine] += child(trl_run, model=model, use_vllm=engine == "vLLM", **size)
+        rows, ours = [], [row["time/step"] for row in sides["ours"]]
+        for who, steps in sides.items():
             seconds, length = ([row[key] for row in steps] for key in ("time/step", "rollout/length_mean"))
             parts = {key: statistics.median(row[key] for row in steps) for key in steps[0] if key.startswith("time/")}
             text = ", ".join(f"{key[5:]} {t:.2f}" for key, t in parts.items() if t > 0.005 and key != "time/step")
@@ -481,7 +482,7 @@ def scaling_run(model: str, lengths: list[int], tokens: int, rounds: int) -> lis
         ids, mask = random_batch(sequences, 300)
         packed_update(policy, critic, ids, mask, sequences, max(lengths), ranks)
         for name, model in models.items():
-            kernels.optimizer_step(model, optimizers[name], 1e-4, 1.0, kernels.Ranks(), "bad_batch.pt")
+            kernels.optimizer_step(model, optimizers[name], 1e-4, 1.0)
 
     return alternate(rounds, *(functools.partial(update, length) for length in lengths))
 
@@ -498,9 +499,9 @@ def scaling() -> None:
         table(f"An update of {tokens} tokens, by the length of its sequences", "length | seconds | ratio", rows)
         rows, rounds = [], 2  # launches in turn
         shapes = (0, 1, 2, 4)
-        runs = [[child(scaling_run, n, model=model, lengths=[1024], tokens=16384, rounds=3)[0] for n in shapes]
+        sides = [[child(scaling_run, n, model=model, lengths=[1024], tokens=16384, rounds=3)[0] for n in shapes]
                 for _ in range(rounds)]  # fmt: skip
-        columns = [sum((run[k] for run in runs), []) for k in range(len(shapes))]
+        columns = [sum((run[k] for run in sides), []) for k in range(len(shapes))]
         for n, t in zip(shapes, columns):
             note = " (more than cores)" if n > cores else ""
             rows.append([f"{n or 'one, without torchrun'}{note}", statistics.median(t), ratio(t, columns[0])])

@@ -196,7 +196,7 @@ def run(root: Path, way: Way, case: str, accelerator, ranks: kernels.Ranks) -> R
         gradients = {name: p.grad for name, p in model.named_parameters()}
         gradients = {name: g.full_tensor() if isinstance(g, DTensor) else g.clone() for name, g in gradients.items()}
         result.gradients.append(gradients)
-        norm = kernels.optimizer_step(model, optimizer, lr=lr, batch=batch, dump=root / "bad.pt", max_norm=MAX_NORM)
+        norm = kernels.optimizer_step(model, optimizer, lr=lr, max_norm=MAX_NORM)
         result.norms.append(norm.item())
     p, row = next(model.parameters()), ppo.microbatches(batch, UPDATES[0], args, ranks)[0]
     result.made["mesh"] = tuple(p.device_mesh.shape) if isinstance(p, DTensor) else ()

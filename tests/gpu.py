@@ -47,6 +47,7 @@ del sys.modules["kernels"]
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForTokenClassification  # noqa: E402
 
 import kernels  # noqa: E402
+import runs  # noqa: E402
 
 BF16, FP32 = torch.bfloat16, torch.float32
 PACKAGES = ("torch", "transformers", "triton", "accelerate", "tyro", "vllm", "liger_kernel", "flash_attn")
@@ -112,7 +113,7 @@ def gb(what: str) -> float:
     """memory_allocated now, or max_memory_allocated since the last `free`; on CPU the peak of the process."""
     if CUDA:
         return getattr(torch.cuda, what)() / 2**30
-    return kernels.memory_peak()
+    return runs.memory_peak()
 
 
 def clock() -> float:

@@ -253,7 +253,7 @@ def sharded_step(title: str, folders: dict[str, str], accelerator, offload: bool
         adam = {"betas": (0.9, 0.95), "eps": 1.0, "weight_decay": 0.0}
         limit = torch.nn.utils.clip_grad_norm_(plain[name].parameters(), math.inf).item() / 2  # so that clipping acts
         optimizer = torch.optim.AdamW(model.parameters(), lr=1.0, fused=True, **adam)
-        norm = kernels.optimizer_step(model, optimizer, 0.5, max_norm=limit, batch=None, dump=None).item()
+        norm = kernels.optimizer_step(model, optimizer, 0.5, max_norm=limit).item()
         torch.nn.utils.clip_grad_norm_(plain[name].parameters(), limit)
         torch.optim.AdamW(plain[name].parameters(), lr=0.5, **adam).step()
         after, wanted = copied(model, FP32), dict(plain[name].named_parameters())

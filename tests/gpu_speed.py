@@ -16,6 +16,7 @@ from gpu import liger_logprobs, row, seconds, shaped, skip
 
 import data
 import rollout
+import runs
 
 SHAPES = {
     "1.5B": dict(hidden_size=1536, num_hidden_layers=28, num_attention_heads=12, num_key_value_heads=2, head_dim=128,
@@ -85,7 +86,7 @@ def speed(size: str, critic: bool, accelerator, micro: list, changed: dict) -> N
             for p in some:
                 run(model, p, critic, True)
             passes.append(clock() - began)
-            kernels.optimizer_step(model, optimizer, 1e-6, max_norm=1.0, batch=None, dump=None)
+            kernels.optimizer_step(model, optimizer, 1e-6, max_norm=1.0)
             steps.append(clock() - began - passes[-1])
     finally:
         kernels.LIGER_LOGPROB = fused
@@ -113,7 +114,7 @@ def phases(accelerator, micro: list, title: str, naive: bool = False, offload: b
                 model, optimizer = models[critic]
                 run(model, fullest, bool(critic), phase != "forward")
                 if phase != "forward":
-                    kernels.optimizer_step(model, optimizer, 1e-6, max_norm=1.0, batch=None, dump=None)
+                    kernels.optimizer_step(model, optimizer, 1e-6, max_norm=1.0)
                 kernels.reshard(model)  # a forward alone leaves the head gathered
             cells |= {f"{phase} GB": gb("max_memory_allocated"), f"{phase} s": clock() - began}
             if phase == "warm-up":
@@ -188,10 +189,10 @@ def engine(accelerator) -> None:
     critic, fullest = trainee("1.5B", True, accelerator, LEVERS), max(workload(), key=lambda p: p.ids.numel())
     peaks: dict[str, float] = {}
     for model, optimizer in ((policy, policy_optimizer), critic):  # asleep: what has to fit beside it
-        with kernels.timed(peaks, "update"):
+        with runs.timed(peaks, "update"):
             run(model, fullest, model is critic[0], backward=True)
-            kernels.optimizer_step(model, optimizer, 1e-6, max_norm=1.0, batch=None, dump=None)
-    with kernels.timed(peaks, "sync"):
+            kernels.optimizer_step(model, optimizer, 1e-6, max_norm=1.0)
+    with runs.timed(peaks, "sync"):
         sampler.load(kernels.full_weights(policy, BF16))
         samples = sampler.sample(prompts, 1, answer, 1.0, 0)
     row("memory beside vLLM", **{f"{phase} GB": peaks[f"perf/peak_gb_{phase}"] for phase in ("update", "sync")})

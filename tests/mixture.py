@@ -57,6 +57,6 @@ if __name__ == "__main__":
         "--out", out, "--task", "mixture", "--engine", "torch", "--steps", "20", "--prompts_per_step", "128",
         "--max_prompt_tokens", "4", "--max_new_tokens", "6", "--entropy_coef", "0.01", "--ppo_epochs", "2",
         "--minibatch_size", "64", "--max_tokens_per_microbatch", "512", "--test_seconds", "0.3",
-        "--lr", "3e-3", "--critic_lr", "3e-3", "--no-gradient_checkpointing", "--show_every", "5", *flags,
+        "--lr", "3e-3", "--critic_lr", "3e-3", "--no-gradient_checkpointing", *flags,
     ]))
     # fmt: on

@@ -28,6 +28,7 @@ MATH, ALIGNMENT, KERNELS = ("test_math.py",), ("test_alignment.py",), ("test_ker
 EXACT = ("test_exact.py",)
 DATA, REWARDS, TRAIN = ("test_data.py",), ("test_rewards.py",), ("test_train.py",)
 PACKING = ("test_plan_microbatches.py",)
+CRASH, GUARDS = ("test_crash.py",), ("test_guards.py",)
 SANDBOX, EQUALITY, SOURCES = ("test_sandbox.py",), ("test_equality.py",), ("test_sources.py",)
 BUGS = [
     # the classics of PPO
@@ -59,10 +60,26 @@ BUGS = [
     Bug("critic-never-updated", "ppo.py", 'trained["critic"], critic_lr', 'trained["critic"], 0.0', TRAIN),
     Bug("old-logprobs-recomputed", "ppo.py", "old = logprobs.detach() if on_policy else old_logprobs.view(-1)[p.index]",
         "old = logprobs.detach()", TRAIN),
-    Bug("resume-forgets-kl-coef", "ppo.py", "if newest and args.kl_target else args.kl_coef",
-        "if False else args.kl_coef", TRAIN),
+    Bug("resume-forgets-kl-coef", "ppo.py", 'state["kl_coef"] or args.kl_coef',
+        "args.kl_coef", TRAIN),
     Bug("export-of-a-rounded-head", "kernels.py", "            module.reshard()", "            pass", TRAIN),
-    Bug("nan-goes-through", "kernels.py", "if not torch.isfinite(norm):", "if False:", TRAIN),
+    Bug("nan-goes-through", "runs.py", "if x is not None and not torch.isfinite(x).all()", "if False", TRAIN),
+    # runs that end: checkpoints, guards, engines
+    Bug("moments-forgotten", "kernels.py", "optimizer.state[p][moment] = x.to(p.device, copy=True)", "pass", TRAIN),
+    Bug("later-rows-stay", "runs.py", 'row["step"] <= start', 'row["step"] < 10**9', TRAIN),
+    Bug("checksums-unread", "runs.py", "digest(folder / name) == files[name]", "(folder / name).stat()", CRASH),
+    Bug("state-unsealed", "runs.py", "return state if seal ==", "return state if seal or", CRASH),
+    Bug("other-flags", "runs.py", "            if names:\n", "            if False:\n", CRASH),
+    Bug("saved-in-place", "runs.py", "        os.rename(aside, final)\n", "        shutil.copytree(aside, final)\n", CRASH),
+    Bug("best-deleted", "runs.py", "        if path != best:\n", "        if True:\n", GUARDS),
+    Bug("secrets-written", "runs.py", "SECRET_NAME.search(name.upper())", "False", GUARDS),
+    Bug("guards-never-stop", "runs.py", "if streaks[name] >= limit:", "if False:", GUARDS),
+    Bug("replay-steps-twice", "ppo.py", "updates > skip.get(k, 0)", "True", GUARDS),
+    Bug("new-engine-has-old-weights", "ppo.py",
+        "                sampler.load(kernels.full_weights(policy, args.compute_dtype) if policy else ())\n", "", GUARDS),
+    Bug("pickles-are-read", "kernels.py", '"use_safetensors": True', '"use_safetensors": False', GUARDS),
+    Bug("first-error-hidden", "runs.py", "        print(hide(text), file=sys.stderr, flush=True)\n        if self.store:",
+        "        if self.store:", GUARDS),
     # alignment
     Bug("eos-missing-from-mask", "rollout.py", "[True] * len(s.ids) + [False] * f",
         "[True] * (len(s.ids) - s.finished) + [False] * (f + s.finished)", ALIGNMENT),
@@ -103,7 +120,7 @@ BUGS = [
     Bug("liger-without-swiglu", "kernels.py", "swiglu=True", "swiglu=False", EXACT),
     Bug("head-counted-on-prompts", "kernels.py", "c.vocab_size * c.hidden_size * responses", "c.vocab_size * c.hidden_size * sum(fed)",
         KERNELS),
-    Bug("peaks-add-up", "kernels.py", 'Path("/proc/self/clear_refs").write_text("5")', "pass", KERNELS),
+    Bug("peaks-add-up", "runs.py", 'Path("/proc/self/clear_refs").write_text("5")', "pass", KERNELS),
     Bug("offload-not-planned", "memory.py", "0 if m in offload and bf16 else 1 / n", "1 / n", ("test_plan.py",)),
     Bug("a-main-rank-on-every-node", "ppo.py", 'os.environ.get("RANK", 0)) == 0', 'os.environ.get("LOCAL_RANK", 0)) == 0',
         ("test_nodes.py",)),

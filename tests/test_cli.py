@@ -18,8 +18,8 @@ def run(*command: str, cwd: Path = ROOT) -> subprocess.CompletedProcess:
 
 
 def test_flags_are_flat_and_typed(tiny):
-    args = ppo.parse_args(["--model", tiny, "--clip_high", "0.28", "--no_whiten", "--samples_per_prompt", "4"])
-    assert (args.clip_high, args.whiten, args.batch_size, args.minibatch) == (0.28, False, 1024, 1024)
+    args = ppo.parse_args(["--model", tiny, "--clip_high", "0.28", "--no_liger", "--samples_per_prompt", "4"])
+    assert (args.clip_high, args.liger, args.batch_size, args.minibatch) == (0.28, False, 1024, 1024)
 
 
 def test_an_unknown_flag_names_the_nearest(capsys):
@@ -57,8 +57,11 @@ def test_an_unknown_flag_names_the_nearest(capsys):
         ({"seed": 10**7}, 1, ["seed=10000000"]),
         ({"kl_target": 0.1}, 1, ["kl_coef above 0"]),
         ({"eval_rows": 0}, 1, ["eval_rows=0", "above 0"]),
-        ({"out": str(ROOT / "tests")}, 1, ["exists", "--resume"]),
-        ({"resume": True}, 1, ["no checkpoint", "without --resume"]),
+        ({"out": str(ROOT / "tests")}, 1, ["exists", "--resume auto"]),
+        ({"out": str(ROOT / "tests"), "resume": "auto"}, 1, ["no run folder"]),
+        ({"keep_best": "eval/correct"}, 1, ["keep_best='eval/correct'", "--eval_every 0"]),
+        ({"keep_best": "reward", "eval_every": 1}, 1, ["keep_best='reward'", "eval/correct"]),
+        ({"save_every": -1}, 1, ["save_every=-1"]),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
@@ -93,10 +96,10 @@ def test_dry_run(tiny, tmp_path):
 
 @pytest.mark.parametrize("gb, verdict", [(80, "fits in 80 GB"), (0.01, "does not fit in 0.01 GB")])
 def test_the_memory_plan_loads_nothing(tiny, tmp_path, gb, verdict):
-    """Guards --plan_gpus: the table and the verdict, for GPUs that are not there, without a weight or a row."""
+    """Guards --plan: the table and the verdict, for GPUs that are not there, without a weight or a row."""
     (tmp_path / "model").mkdir()
     shutil.copy(Path(tiny) / "config.json", tmp_path / "model")
-    said = run("ppo.py", "--model", tmp_path / "model", "--steps", "0", "--plan_gpus", "4", "--plan_gb", gb,
+    said = run("ppo.py", "--model", tmp_path / "model", "--plan", "4", gb,
                "--max_prompt_tokens", "100", "--max_new_tokens", "100", "--kl_coef", "0.1", "--out", tmp_path)  # fmt: skip
     assert said.returncode == 0, said.stderr[-2000:]
     assert verdict in said.stdout and "on each of 4 ranks" in said.stdout and "KV cache" in said.stdout
@@ -104,13 +107,13 @@ def test_the_memory_plan_loads_nothing(tiny, tmp_path, gb, verdict):
 
 
 def test_evaluation_alone(tiny, tmp_path):
-    """Guards --eval_only: of a checkpoint, it says what the run itself said of it, and keeps every answer."""
+    """Guards --steps 0 with --eval_every: of a checkpoint, it says what the run itself said of it, and keeps every answer."""
     flags = ["--task", "countdown3", "--engine", "torch", "--max_prompt_tokens", "64", "--max_new_tokens", "8", "--lr", "1e-2",
              "--entropy_coef", "1", "--eval_rows", "6", "--eval_samples", "3", "--prompts_per_step", "8"]  # fmt: skip
     ran = run("ppo.py", *flags, "--model", tiny, "--steps", "1", "--eval_every", "1", "--out", tmp_path / "run")
     assert ran.returncode == 0, ran.stderr[-2000:]
     policy = tmp_path / "run" / "checkpoints" / "step_1" / "policy"
-    said = run("ppo.py", *flags, "--model", policy, "--eval_only", "--out", tmp_path / "eval")
+    said = run("ppo.py", *flags, "--model", policy, "--steps", "0", "--eval_every", "1", "--out", tmp_path / "eval")
     assert said.returncode == 0, said.stderr[-2000:]
     before, after = [json.loads(line) for line in open(tmp_path / "run" / "metrics.jsonl")]
     (alone,) = [json.loads(line) for line in open(tmp_path / "eval" / "metrics.jsonl")]
@@ -136,7 +139,7 @@ def test_checkpoints_are_ordinary_folders(tiny, tmp_path):
     AutoTokenizer.from_pretrained(folder / "policy")
     assert json.loads((tmp_path / "run" / "config.json").read_text())["kl_coef"] == 0.1
     kept = {path.name for path in (tmp_path / "run").iterdir()}
-    assert {f"{name}.py" for name in "ppo data rewards rollout kernels sandbox equality".split()} <= kept
+    assert {f"{name}.py" for name in "ppo data rewards rollout kernels runs sandbox equality memory".split()} <= kept
 
 
 @pytest.mark.parametrize("file", ["data.py", "rewards.py", "equality.py"])

@@ -20,6 +20,7 @@ from transformers import (
 import data
 import kernels
 import ppo  # noqa: F401  the guard for the name `kernels`, in the processes of the last test too
+import runs
 
 # ---------------------------------------------------------------------------------------------- log-prob and entropy
 
@@ -240,7 +241,7 @@ def test_memory_of_each_phase():
     """Guards peaks that are charged to a later phase, and phases in two parts."""
     times: dict[str, float] = {}
     for phase, megabytes in (("reward", 1), ("forward", 300), ("reward", 1), ("sync", 150), ("report", 1)):
-        with kernels.timed(times, phase):
+        with runs.timed(times, phase):
             torch.ones(megabytes << 18).sum()
     peaks = {name.removeprefix("perf/peak_gb_"): gb for name, gb in times.items() if "peak" in name}
     assert set(peaks) == {"reward", "forward", "sync", "report"}
@@ -263,17 +264,17 @@ def long_response(tokens: int) -> float:
     models = [kernels.shard(model, accelerator, checkpointing=True, offload=False) for model in (policy, critic)]
     ids = torch.randint(512, (1, tokens + 100), generator=torch.Generator().manual_seed(0))
     (bins,) = data.plan_microbatches([tokens + 99], budget=18_000)
-    before, times = kernels.memory_peak(), {}
+    before, times = runs.memory_peak(), {}
     p = kernels.pack(ids, torch.arange(tokens + 100)[None] >= 100, [tokens + 100], bins[0])
     assert len(p.keep) == tokens
-    with kernels.timed(times, "forward"), torch.no_grad():
+    with runs.timed(times, "forward"), torch.no_grad():
         kernels.policy_forward(policy, p, 1.0), kernels.critic_forward(critic, p)
-    with kernels.timed(times, "update"):
+    with runs.timed(times, "update"):
         for model in models:
             optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
             out = kernels.policy_forward(model, p, 1.0) if model is policy else [kernels.critic_forward(model, p)]
             sum(out).mean().backward()
-            kernels.optimizer_step(model, optimizer, 1e-4, 1.0, p, "bad_batch.pt")
+            kernels.optimizer_step(model, optimizer, 1e-4, 1.0)
     return max(gb for name, gb in times.items() if "peak" in name) - before
 
 

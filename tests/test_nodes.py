@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 COUNTDOWN = [
     "ppo.py", "--task", "countdown3", "--max_prompt_tokens", "64", "--max_new_tokens", "24", "--prompts_per_step", "8",
     "--samples_per_prompt", "2", "--minibatch_size", "8", "--max_tokens_per_microbatch", "400", "--lr", "1e-3",
-    "--kl_coef", "0.1", "--entropy_coef", "0.1", "--steps", "2", "--show_every", "0",
+    "--kl_coef", "0.1", "--entropy_coef", "0.1", "--steps", "2",
 ]  # fmt: skip
 ALL_AT_ONCE = [
     "--tp", "2", "--sp", "2", "--replicas", "2", "--offload", "policy", "critic", "reference",

@@ -21,6 +21,7 @@ import data  # noqa: E402
 import kernels  # noqa: E402
 import memory  # noqa: E402
 import rewards  # noqa: E402
+import runs  # noqa: E402
 import toy  # noqa: E402
 
 
@@ -230,16 +231,16 @@ def train(out: str, model: str, job: Job) -> float:
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # the peak is what there is now
-    before = kernels.memory_peak()
+    before = runs.memory_peak()
     # fmt: off
     rows = ppo.train(ppo.parse_args([
-        "--out", out, "--model", model, "--task", "long", "--engine", "torch", "--steps", "2", "--show_every", "0",
+        "--out", out, "--model", model, "--task", "long", "--engine", "torch", "--steps", "2",
         "--prompts_per_step", str(2 * job.rows), "--max_prompt_tokens", str(job.prompt),
         "--max_new_tokens", str(job.new), "--max_tokens_per_microbatch", str(job.budget),
         "--gradient_checkpointing" if job.checkpointing else "--no-gradient_checkpointing",
     ]))
     # fmt: on
-    return max(kernels.memory_peak(), *(row["perf/peak_gb"] for row in rows)) - before
+    return max(runs.memory_peak(), *(row["perf/peak_gb"] for row in rows)) - before
 
 
 @pytest.fixture(scope="module")

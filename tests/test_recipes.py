@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ["--engine", "torch", "--steps", "1", "--prompts_per_step", "4", "--max_new_tokens", "8",
-        "--max_prompt_tokens", "500", "--max_tokens_per_microbatch", "1000", "--eval_every", "1", "--eval_rows", "2", "--show_every", "0",
+        "--max_prompt_tokens", "500", "--max_tokens_per_microbatch", "1000", "--eval_every", "1", "--eval_rows", "2",
         "--test_seconds", "1", "--no-gradient_checkpointing"]  # fmt: skip
 CODE = [{"question": f"Add {n}.", "inputs": ["1\n"], "outputs": [f"{1 + n}\n"], "fn_name": None} for n in range(12)]
 GSM8K = [{"question": f"What is {n} + 1?", "answer": f"{n}+1=<<{n}+1={n + 1}>>{n + 1}\n#### {n + 1}"} for n in range(9)]
@@ -87,7 +87,7 @@ def test_every_dataset_goes_through_a_step(runs, tiny, name, kept, dropped):
         assert {"reward/math/mean", "reward/code/mean", "reward/rg:leg_counting/correct"} <= step.keys()
 
 
-SMALL = ["--steps", "2", "--prompts_per_step", "8", "--minibatch_size", "4", "--max_new_tokens", "8", "--max_seqs", "8",
+SMALL = ["--steps", "2", "--prompts_per_step", "8", "--minibatch_size", "4", "--max_new_tokens", "8",
          "--max_prompt_tokens", "500", "--max_tokens_per_microbatch", "1000", "--eval_every", "2", "--eval_rows", "2",
          "--test_seconds", "1", "--no-gradient_checkpointing"]  # fmt: skip
 

@@ -56,7 +56,7 @@ def run(out: str, *flags: str) -> list[dict]:
         "--out", out, "--task", "toy", "--engine", "torch", "--steps", "40", "--prompts_per_step", "128",
         "--max_prompt_tokens", "4", "--max_new_tokens", "6", "--temperature", "0.7", "--entropy_coef", "0.01",
         "--minibatch_size", "64", "--ppo_epochs", "2", "--max_tokens_per_microbatch", "512",
-        "--lr", "1e-3", "--critic_lr", "3e-3", "--no-gradient_checkpointing", "--show_every", "0", *flags,
+        "--lr", "1e-3", "--critic_lr", "3e-3", "--no-gradient_checkpointing", *flags,
     ]))
     # fmt: on
 

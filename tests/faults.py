@@ -1,0 +1,232 @@
+"""python tests/faults.py FAULT OUT [flags of ppo.py]: the toy run of tests/toy.py (with --task: another), with a fault.
+python tests/faults.py FAULT --replay FILE: the same for `ppo.py --replay FILE`.
+python tests/faults.py jobs RANKS DIR JOB --then JOB ...: one after the other, each a process of its own (with 2 RANKS: of
+torchrun), but forked when all is imported: seconds each. What job 0 says goes to DIR/0.log, with its exit code.
+
+FAULT is NAME:STEP:RANK[:CALL], or `none`: at the first (or CALL-th; with a plus: and every later) call of a function in
+one phase of that step, on that rank (or every one: *), NaN is written, the process sleeps, gets a signal, or an error
+is raised. What an optimizer step has seen is printed as `update STEP MODEL NORM`, the norm to the last bit.
+"""
+import os
+import re
+import signal
+import sys
+import time
+from concurrent.futures import Future
+from contextlib import contextmanager
+from pathlib import Path
+
+import toy  # first: ppo.py, with its guard for the name `kernels`
+import torch
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+import data
+import kernels
+import ppo
+import rewards
+import rollout
+import runs
+
+HANG = 600  # seconds
+NAN = float("nan")
+
+
+def nan_reward(result: list[Future], *_) -> list[Future]:
+    (bad := Future()).set_result(result[0].result() | {"reward": NAN})
+    return [bad, *result[1:]]
+
+
+def nan_advantage(result, token_rewards, values, mask, *_):
+    result[0][tuple(mask.nonzero()[0].tolist())] = NAN
+    return result
+
+
+def nan_answer(result, *_):
+    """In what the critic or the policy says of a micro-batch: values, or log-probs."""
+    (result if torch.is_tensor(result) else result[0])[0] = NAN
+    return result
+
+
+def nan_gradient(model, *_) -> None:
+    """In this rank's shard of one parameter."""
+    shards = [getattr(p.grad, "_local_tensor", p.grad) for p in model.parameters() if p.grad is not None]
+    next(shard for shard in shards if shard.numel()).view(-1)[0] = NAN
+
+
+def nan_weights(sampler, *_) -> None:
+    def write(model) -> None:
+        with torch.no_grad():
+            next(model.parameters()).fill_(NAN)
+
+    sampler.llm.apply_model(write) if hasattr(sampler, "llm") else write(sampler.model)
+
+
+def nan_weights_after(result, sampler, *_):
+    nan_weights(sampler)
+
+
+def hang(*_) -> None:
+    time.sleep(HANG)
+
+
+def hang_in_c(*_) -> None:
+    """With the lock of the interpreter held: no thread of Python runs."""
+    re.match("(a+)+$", 60 * "a" + "b")
+
+
+def fail(*_) -> None:
+    raise ValueError("planted error")
+
+
+def tell(*_) -> None:
+    raise ValueError(f"MY_SECRET is {os.environ['MY_SECRET']}")
+
+
+def out_of_memory(*_) -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB (planted)")
+
+
+def allocate(*_) -> None:
+    torch.empty(1 << 50, dtype=torch.uint8)
+
+
+def terminate(*_) -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def interrupt(*_) -> None:
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+def interrupt_twice(*_) -> None:
+    interrupt()
+    time.sleep(1.5)
+    interrupt()
+
+
+def hours_later(*_) -> None:
+    runs.STARTED -= 10 * 3600
+
+
+def policy(model, *_) -> bool:
+    return hasattr(model, "lm_head")
+
+
+def critic(model, *_) -> bool:
+    return not policy(model)
+
+
+def any_call(*_) -> bool:
+    return True
+
+
+# name: (owner, function, phase, what is done before it, what is done to its result, of which calls)
+BOTH = (rollout.TorchSampler, rollout.VLLMSampler)
+FAULTS = {
+    "reward": ([rewards], "submit", "reward", None, nan_reward, any_call),
+    "advantage": ([ppo], "gae", "advantage", None, nan_advantage, any_call),
+    "values": ([kernels], "critic_forward", "forward", None, nan_answer, any_call),
+    "logprobs": ([kernels], "policy_forward", "forward", None, nan_answer, any_call),
+    "policy-gradient": ([kernels], "optimizer_step", "update", nan_gradient, None, policy),
+    "critic-gradient": ([kernels], "optimizer_step", "update", nan_gradient, None, critic),
+    "synced-weights": (BOTH, "load", "sync", None, nan_weights_after, any_call),
+    "engine-weights": (BOTH, "sample", "sample", nan_weights, None, any_call),
+    "hang-sample": (BOTH, "sample", "sample", hang, None, any_call),
+    "hang-update": ([kernels], "optimizer_step", "update", hang, None, any_call),
+    "hang-microbatch": ([kernels], "policy_forward", "update", hang, None, any_call),
+    "hang-in-c": ([kernels], "policy_forward", "update", hang_in_c, None, any_call),
+    "raise": ([kernels], "critic_forward", "forward", fail, None, any_call),
+    "tell": ([kernels], "critic_forward", "forward", tell, None, any_call),
+    "cuda-memory": ([kernels], "critic_forward", "update", out_of_memory, None, any_call),
+    "memory": ([kernels], "critic_forward", "forward", allocate, None, any_call),
+    "engine": (BOTH, "sample", "sample", fail, None, any_call),
+    "terminate": (BOTH, "sample", "sample", terminate, None, any_call),
+    "interrupt": ([kernels], "optimizer_step", "update", interrupt, None, any_call),
+    "interrupt-twice": ([kernels], "optimizer_step", "update", interrupt_twice, None, any_call),
+    "hours-later": ([kernels], "optimizer_step", "update", hours_later, None, any_call),
+}
+
+
+@contextmanager
+def planted(fault: str):
+    before = []
+
+    def wrap(owner, name: str, make) -> None:
+        original = getattr(owner, name)
+        before.append((owner, name, original))
+        # a function, so that it becomes a method where its owner is a class
+        setattr(owner, name, lambda *args, **more: make(original, *args, **more))
+
+    def reported(function, model, *args):
+        norm = function(model, *args)
+        if runs.RANK == 0:
+            print("update", runs.NOW["step"], "policy" if policy(model) else "critic", norm.item().hex(), flush=True)
+        return norm
+
+    wrap(kernels, "optimizer_step", reported)
+    name, step, rank, call = (fault.split(":") + ["1"])[:4] if fault != "none" else ("", "0", "0", "1")
+    if name:
+        owners, function, phase, first, then, mine = FAULTS[name]
+        calls = [0]
+
+        def faulty(function, *args, **more):
+            now = runs.NOW["phase"] == phase and runs.NOW["step"] == int(step) and rank in ("*", str(runs.RANK))
+            now = now and mine(*args)
+            calls[0] += now
+            now = now and (calls[0] == int(call.rstrip("+")) or (call.endswith("+") and calls[0] >= int(call[:-1])))
+            if now and first:
+                first(*args)
+            result = function(*args, **more)
+            changed = then(result, *args) if now and then else None
+            return result if changed is None else changed
+
+        for owner in owners:
+            wrap(owner, function, faulty)
+    try:
+        yield
+    finally:
+        for owner, name, function in reversed(before):
+            setattr(owner, name, function)
+
+
+def run(fault: str, out: str, *flags: str) -> list[dict]:
+    with planted(fault):
+        if "--task" in flags:
+            return ppo.train(ppo.parse_args(["--out", out, *flags]))
+        return toy.run(out, *flags)
+
+
+def replay(fault: str, file: str) -> None:
+    data.TASKS["toy"], rewards.REWARDS["toy"] = toy.load_toy, toy.toy
+    with planted(fault):
+        flags, record = rollout.load_record(Path(file))
+        ppo.train(ppo.Args(**flags), record)
+
+
+def work(*job: str) -> None:
+    # numbers that modules keep were read when they were imported, in another process
+    runs.RANK, runs.WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    replay(job[0], job[2]) if job[1] == "--replay" else run(*job)
+
+
+def main(ranks: int, logs: str, *words: str) -> None:
+    jobs: list[list[str]] = [[]]
+    for word in words:
+        jobs.append([]) if word == "--then" else jobs[-1].append(word)
+    for number, job in enumerate(jobs):
+        log = os.open(f"{logs}/{number}.log", os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+        if not (child := os.fork()):
+            os.dup2(log, 1)
+            os.dup2(log, 2)
+            if ranks == 1:
+                return work(*job)
+            shape = {"min_nodes": 1, "max_nodes": 1, "nproc_per_node": ranks, "max_restarts": 0, "start_method": "fork"}
+            meeting = {"rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0", "run_id": str(number)}
+            elastic_launch(LaunchConfig(**shape, **meeting), work)(*job)  # torchrun, as a function
+            return
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        os.write(log, f"\nended with {code}\n".encode())
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[2]), *sys.argv[3:]) if sys.argv[1] == "jobs" else work(*sys.argv[1:])
