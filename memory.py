@@ -96,22 +96,28 @@ def memory_items(
             moments["policy head"] = passes | gathered | {"log-probs, head gradient": head}
             in_layer |= gathered | {"head gradient on its way": c * embedding * sharded}
         moments[f"{name} layers"] = passes | in_layer
+    if not bf16:  # what the background writes is copied first; the copy of a card's tensors is not on the card
+        moments["saving"] = always | {f"{name} checkpoint": 12 * s.params / ranks for name, s in trained.items()}
     return moments, served["KV cache"] / key_value
 
 
 def memory_plan(policy, critic, reference, **flags) -> tuple[dict[str, float], str]:
     """From Hugging Face configurations alone (reference may be None) and flags as in memory_items: GB (2**30) a rank of
-    every item, with the totals "while sampling" and "while updating"; and a table with a verdict, for people."""
+    every item, with the totals "while sampling", "while updating" and, on CPU, "while saving"; and a table with a
+    verdict, for people."""
     given = {"policy": model_shape(policy, False), "critic": model_shape(critic, True)} | flags
     given["reference"] = model_shape(reference, False) if reference else None
     if not (given["policy"] and given["critic"]):
         return {}, f"no memory plan for {policy.model_type}: it knows dense models that are made as Llama is"
     card, ranks, tp, longest = (flags[name] for name in ("card_gb", "ranks", "tp", "longest"))
 
+    def part(moment: str) -> str:
+        return moment if moment in ("sampling", "saving") else "updating"
+
     def needs(what: str, changed: dict) -> float:
         sharded = {"sharded": flags["sharded"] or bool({"ranks", "offload"} & changed.keys())}
         moments = memory_items(**given | sharded | changed)[0]
-        return max(sum(moments[m].values()) for m in moments if (m == "sampling") == (what == "sampling")) / 2**30
+        return max(sum(alive.values()) for m, alive in moments.items() if part(m) == what) / 2**30
 
     def remedies(what: str) -> str:
         """Each flag that brings this total down to the card on its own, with the mildest value that does."""
@@ -143,10 +149,13 @@ def memory_plan(policy, critic, reference, **flags) -> tuple[dict[str, float], s
     for name in [*items, "total"]:
         cells = [alive.get(name, 0) if name in items else sum(alive.values()) for alive in moments.values()]
         text += f"\n  {name:25}" + "".join(f"{cell / 2**30:15.2f}" if cell else " " * 15 for cell in cells)
-    totals = {what: needs(what, {}) for what in ("sampling", "updating")}
+    totals = {what: needs(what, {}) for what in dict.fromkeys(map(part, moments))}
     want = min(flags["max_seqs"], -(-flags["sequences"] // (ranks // tp)))
     text += f"\nKV cache: {kv_tokens:,.0f} tokens, {kv_tokens / longest:.1f} sequences of {longest}; {want} want to run"
     text += "\n" + ", ".join(f"while {what} {gb:.1f} GB" for what, gb in totals.items())
+    if flags["bf16"]:
+        copy = 12 * (given["policy"].params + given["critic"].params) / ranks / 2**30
+        text += f"; a checkpoint on its way to the disk: {copy:.1f} GB of the machine's memory"
     wrong = [f"{gb:.1f} GB while {what}: {remedies(what)}" for what, gb in totals.items() if gb > card]
     if kv_tokens < longest:
         wrong.append("the KV cache holds no sequence of full length: a larger --gpu_memory or --tp, or shorter answers")
