@@ -243,7 +243,7 @@ STAGES = [
     },
     {  # of a start that goes on from a checkpoint
         "resume: the checkpoint is read": (BOTH, lambda: kill("runs", "damage", after=True)),
-        "resume: moments are loaded": (BOTH, lambda: kill("kernels", "load_moments", nth=2)),
+        "resume: moments are loaded": (BOTH, lambda: kill("kernels", "load_moments", after=True)),
         "resume: config.json half": (MAIN, lambda: tear("config.json")),
         "resume: metrics.jsonl half cut": (MAIN, lambda: tear("metrics.jsonl")),
         "resume: metrics.jsonl cut": (MAIN, lambda: kill("runs", "write", named("metrics.jsonl"), after=True)),
