@@ -8,6 +8,7 @@
 #   RECIPE=countdown-3b          bash run_4xh100.sh           # Qwen2.5-3B on Countdown, 2 GPUs
 #   RECIPE=countdown-3b-instruct bash run_4xh100.sh           # Qwen2.5-3B-Instruct with its chat template, 2 GPUs
 #   bash run_4xh100.sh --plan 4 80                            # will it fit? needs no GPU
+#   bash run_4xh100.sh --steps 0 --eval_every 0               # loads everything, samples and scores one batch
 #
 #   NNODES=2 HEAD=node0:29500 bash run_4xh100.sh --replicas 2  # on each of two nodes that share this folder
 #
