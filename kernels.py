@@ -177,7 +177,7 @@ def optimizer_step(model: nn.Module, optimizer, lr: float, max_norm: float) -> T
 
 
 def suspects(model: nn.Module, norm: Tensor, meter: "Meter") -> dict[str, Tensor]:
-    """When the norm was not finite: this rank's sums of losses, its shards of gradients, and the norm, by name."""
+    """When the norm, equal on all ranks, is not finite: this rank's sums of losses, shards of gradients, the norm."""
     if torch.isfinite(norm):
         return {}
     grads = {f"gradient of {name}": p.grad for name, p in model.named_parameters() if p.grad is not None}

@@ -389,7 +389,7 @@ def train(args: Args, replay: dict | None = None) -> list[dict]:
     def must_be_finite(recorded: dict, **tensors: Tensor | None) -> None:
         """Ends the run on all ranks when a number is not finite on one of them, before it reaches a weight. What the
         step was made of stays in bad_step_N: weights and moments as they are now, and `recorded` in batch.pt."""
-        bad = [text for texts in everywhere(runs.not_finite(**tensors)) for text in texts]
+        bad = [text for texts in everywhere(runs.not_finite(**tensors)) for text in texts] if tensors else []
         error = f"step {done + 1}: {'; '.join(bad[:4])}: nothing was updated with it, nothing saved over"
         if bad and not replay:
             keep(f"bad_step_{done + 1}", wait=True)
