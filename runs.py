@@ -117,7 +117,7 @@ def _signalled(number: int, frame) -> None:
     if STOP and number == signal.SIGINT and now - STOP[-1][1] > 1:  # torchrun hands a Ctrl-C on: two in a moment
         os._exit(130)
     if not STOP:
-        os.write(2, f"rank {RANK}: {name}: the run saves and ends at the next safe point\n".encode())
+        os.write(2, f"{name} on rank {RANK}: the run saves and ends at the next safe point\n".encode())
     STOP.append((name, now))
 
 
