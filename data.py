@@ -93,13 +93,11 @@ def encode(prompts: list[str | list[dict]], tokenizer) -> list[list[int]]:
 # -------------------------------------------------------------------------------------------------- rows made by rule
 
 
-def countdown(
-    split: str, seed: int, template: str, sizes: tuple[int, ...] = (3, 4), max_number: int = 99, train: int = 20_000
-) -> list[dict]:
+def countdown(split: str, seed: int, template: str, sizes=(3, 4), max_number=99, train=20_000) -> list[dict]:
     """`train` distinct problems, or 1,024 for the test split, with numbers in 1..max_number and a whole target in
     1..100. Solvable by construction: the target is the value of a random expression over the numbers."""
     rng = random.Random(f"countdown {split} {seed}")
-    seen, out = set(), []
+    out: dict[tuple, dict] = {}
     while len(out) < (train if split == "train" else 1_024):
         numbers = [rng.randint(1, max_number) for _ in range(rng.choice(sizes))]
         held_out = hashlib.sha256(repr(sorted(numbers)).encode()).digest()[0] % 10 == 0  # whatever the seed
@@ -110,12 +108,11 @@ def countdown(
             a, b = (values.pop(rng.randrange(len(values))) for _ in range(2))
             values.append(rng.choice([a + b, a - b, a * b] + ([a / b] if b else [])))
         target, key = values[0], (tuple(sorted(numbers)), values[0])
-        if target.denominator != 1 or not 1 <= target <= 100 or key in seen:
+        if target.denominator != 1 or not 1 <= target <= 100 or key in out:
             continue
-        seen.add(key)
         prompt, answer = ask_countdown(numbers, int(target), template), {"numbers": numbers, "target": int(target)}
-        out.append({"task": "countdown", "prompt": prompt, "answer": answer, "id": f"countdown-{split}-{len(out)}"})
-    return out
+        out[key] = {"task": "countdown", "prompt": prompt, "answer": answer, "id": f"countdown-{split}-{len(out)}"}
+    return [*out.values()]
 
 
 GYM = """import base64, json, pickle, random, sys, numpy  # in its own process: some tasks use the global random state
@@ -250,10 +247,7 @@ def read(raw: dict, number: int, split: str, wanted: list[str], columns: dict[st
         messages = spoken
     if source.system_prompt not in ("keep", "drop"):
         messages = [{"role": "system", "content": source.system_prompt}, *messages]
-    try:
-        json.dumps([messages, answer], ensure_ascii=False).encode()
-    except UnicodeEncodeError:  # half of a pair, from a JSON escape
-        raise BadRow("not UTF-8") from None
+    json.dumps([messages, answer], ensure_ascii=False).encode()  # UnicodeError: half of a pair, from a JSON escape
     return row | {"prompt": ask(messages, task, source.template), "answer": answer, "asked": asked}
 
 
@@ -265,10 +259,8 @@ def prepare(table, indices: list[int], reader, tokenizer, limit: int) -> dict[st
         try:
             raw = {name: table[name][i].as_py() for name in table.column_names}
             row = reader(raw, index + 1)
-        except UnicodeDecodeError:
-            why = "not UTF-8"
-        except BadRow as error:
-            why = str(error)
+        except (UnicodeError, BadRow) as error:
+            why = str(error) if isinstance(error, BadRow) else "not UTF-8"
         where, task = " ".join(str(raw.get("data_source") or row.get("source", "")).split())[:26], row.get("task", "")
         asked = hashlib.sha256(" ".join(row.get("asked", "").split()).encode()).digest()[:8]  # spaces aside
         out.append({"source": where, "task": task, "dropped": why, "asked": int.from_bytes(asked, signed=True)})
@@ -444,7 +436,9 @@ def open_sources(names: list[str], source: Source, tokenizer, progress: bool) ->
     given = source.data * len(readers) if len(source.data) == 1 else source.data or map(DEFAULT.get, readers)
     pairs = [(name, place) for name, place in zip(readers, given) if place]  # without a place: made by rule
     places = {place: [n for n, p in pairs if p == place] for _, place in pairs}
-    if source.template not in ["base"] + ["chat"] * (tokenizer.chat_template is not None):
+    if pairs and not tokenizer:
+        raise ValueError(f"task={source.task!r}: rows of files are counted in tokens: say whose, --model DIR")
+    if tokenizer and source.template not in ["base"] + ["chat"] * (tokenizer.chat_template is not None):
         what = f"template={source.template!r}, and {tokenizer.name_or_path!r} has"
         raise ValueError(f"{what} {'no' if tokenizer.chat_template is None else 'a'} chat template: use base or chat")
     opened = [(wanted, open_source(place, wanted, source, tokenizer, progress)) for place, wanted in places.items()]
@@ -461,7 +455,7 @@ def open_sources(names: list[str], source: Source, tokenizer, progress: bool) ->
 
 
 def load(source: Source, tokenizer, seed: int = 0, eval_rows: int = 256, progress: bool = False) -> Data:
-    """All rows of a run, each with its "ids". Raises ValueError where flags and files do not fit together."""
+    """All rows of a run, each with its "ids" if there is a tokenizer. ValueError: flags and files do not fit."""
     weights, train, test = mixture(source.task), {}, {}
     opened = open_sources(list(weights), source, tokenizer, progress)
     for name, splits in ((name, splits) for wanted, splits in opened for name in wanted):
@@ -470,7 +464,7 @@ def load(source: Source, tokenizer, seed: int = 0, eval_rows: int = 256, progres
     for name in weights.keys() - train.keys():
         make = partial(gym, name[3:]) if name.startswith("rg:") else TASKS[name]
         train[name], test[name] = make("train", seed, source.template), make("test", seed, source.template)[:eval_rows]
-        for row in train[name] + test[name]:
+        for row in train[name] + test[name] if tokenizer else ():
             (row["ids"],) = encode([row["prompt"]], tokenizer)
             if not 0 < len(row["ids"]) <= source.max_prompt_tokens:
                 limits = f"allowed are 1 to max_prompt_tokens={source.max_prompt_tokens}: raise --max_prompt_tokens"
@@ -500,9 +494,7 @@ def drawn(total: int, weights: dict[str, Fraction]) -> dict[str, int]:
     return out
 
 
-def batch(
-    rows: dict[str, Sequence[dict]], step: int, size: int, seed: int = 0, weights: dict[str, Fraction] | None = None
-) -> list[dict]:
+def batch(rows: dict[str, Sequence], step: int, size: int, seed=0, weights: dict | None = None) -> list[dict]:
     """Batch `step` (0, 1, ...) of `size` rows, from each task by its weight; by default a task has that of its rows.
     Every row of a task comes once an epoch of that task; each epoch has its own order."""
     weights = weights or {name: len(rows[name]) for name in rows}
@@ -533,16 +525,12 @@ def plan_microbatches(lengths: list[int], budget: int, ranks: int = 1) -> list[l
     if (longest := max(lengths, default=0)) > budget:
         raise ValueError(f"a sequence of {longest} tokens does not fit {budget}: raise --max_tokens_per_microbatch")
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
-
-    bins, room = [], []  # first fit, longest first
+    bins, room = [[] for _ in lengths], [budget] * len(lengths)  # first fit, longest first
     for i in order:
-        k = next((k for k, free in enumerate(room) if free >= lengths[i]), len(bins))
-        if k == len(bins):
-            bins.append([])
-            room.append(budget)
+        k = next(k for k, free in enumerate(room) if free >= lengths[i])
         bins[k].append(i)
         room[k] -= lengths[i]
-
+    bins = [bin for bin in bins if bin]
     rounds = max(1, -(-len(bins) // ranks))
     even: list[list[int]] = [[] for _ in range(rounds * ranks)]  # as many rounds, filled again to wait as little
     room, load, slowest, begun = [budget] * len(even), [0.0] * len(even), [0.0] * rounds, 0
@@ -572,27 +560,41 @@ def plan_summary(lengths: list[int], budget: int, ranks: int = 1) -> dict[str, f
     return {"perf/microbatches": len(plan[0]), "perf/pack_fill": fill, "perf/rank_imbalance": waiting * ranks - 1}
 
 
-# ----------------------------------------------------------------------------------------------- python data.py eurus
+# ------------------------------------------------------------------------------------------------------ python data.py
 
-R1 = "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B"
 
-def eurus(out: str, model: str = R1, source: Source = Source(task="math,code", template="chat")) -> None:
-    """Writes those rows of Eurus-2-RL-Data that a run would use, in the published schema, to OUT/train.parquet and
-    OUT/validation.parquet, for --data OUT. Prompt tokens are counted by the tokenizer of `model`."""
-    from transformers import AutoTokenizer
+def look(source: Source = Source(",".join(TASKS)), show: int = 3, model: str = "", out: str = "") -> None:
+    """What is kept of files and left out, and the first `show` rows of each task as a run would feed them. `model`: a
+    folder whose tokenizer applies the template and counts; rows made by rule are shown without, too. OUT gets the rows
+    of files that are kept, in the published schema, as train.parquet and validation.parquet, for --data OUT."""
+    tokenizer = None
+    if model:
+        from transformers import AutoTokenizer
 
-    Path(out).mkdir(parents=True)
-    ((_, splits),) = open_sources(list(mixture(source.task)), source, AutoTokenizer.from_pretrained(model), True)
-    for split, name in zip(splits, ("train", "validation")):
-        print(split.report())
-        kept = [i for i, why in enumerate(split.dropped) if not why]
-        split.table.select(kept).to_parquet(Path(out, f"{name}.parquet"))
+        tokenizer = AutoTokenizer.from_pretrained(model)
+    if out:
+        Path(out).mkdir(parents=True)
+        opened = open_sources(list(mixture(source.task)), source, tokenizer, True)
+        if len(opened) != 1:
+            raise ValueError(f"out={out!r}: what is left of one source is written there, and these are {len(opened)}")
+        for split, name in zip(opened[0][1], ("train", "validation")):
+            kept = [i for i, why in enumerate(split.dropped) if not why]
+            split.table.select(kept).to_parquet(Path(out, f"{name}.parquet"))
+    found = load(source, tokenizer, progress=True)
+    if found.report:
+        print(found.report + "\n")
+    for row in (rows[i] for rows in found.train.values() for i in range(min(show, len(rows)))):
+        text, count = (tokenizer.decode(row["ids"]), len(row["ids"])) if tokenizer else (row["prompt"], "uncounted")
+        print(f"{row['id']} ({row['task']}, {count} tokens), answer {json.dumps(row['answer']):.300}\n{text}\n")
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["eurus"]:
-        import tyro
-        tyro.cli(eurus, args=sys.argv[2:], config=(tyro.conf.OmitArgPrefixes,), use_underscores=True)
-    for name in TASKS if not sys.argv[1:] else ():  # python data.py: three rows of every task that needs no file
-        for row in TASKS[name]("train", 0, "base")[:3]:
-            print(name, row["answer"], repr(row["prompt"]))
+    import tyro
+
+    del sys.path[0]  # this folder's kernels.py has the name of a package that transformers looks for
+    r1 = "--task math,code --template chat --show 0 --model deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B".split()
+    args = r1 + sys.argv[2:] if sys.argv[1:2] == ["eurus"] else sys.argv[1:]  # eurus: those of the reference run
+    try:
+        tyro.cli(look, args=args, config=(tyro.conf.OmitArgPrefixes,), use_underscores=True)
+    except ValueError as error:
+        sys.exit(f"data.py: {error}")

@@ -13,25 +13,54 @@ without side effects, and never define __version__ here.
 import importlib.util
 import json
 import os
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from datetime import timedelta
-from functools import cache
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import NamedTuple
+from shutil import which
+from typing import Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
 from safetensors import safe_open
 from torch import Tensor, nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy
+from torch.distributed.nn.functional import all_to_all_single
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 # ------------------------------------------------------------------------------- ranks, sharded models, meters, MFU
+
+
+@dataclass
+class Model:
+    """models, precision, sharding"""
+    model: str = ""  # policy: Hugging Face folder or hub id
+    critic_model: str | None = None  # start of the critic, may be smaller; default: the policy's
+    dtype: Literal["auto", "bf16", "fp32"] = "auto"  # of compute (weights: fp32). auto: bf16 on CUDA, else fp32
+    gradient_checkpointing: bool = True  # recompute activations of policy and critic: more time, far less memory
+    attention: Literal["varlen", "sdpa", "flash_attention_2", "flex_attention"] = "varlen"  # others: transformers' own
+    offload: tuple[Literal["policy", "critic", "reference"], ...] = ()  # live in the machine's memory, step on its CPU
+    replicas: int = 1  # copies of the sharded models (HSDP): one a node, say; 1: every rank holds another shard
+    sp: int = 1  # ranks that share one packed row (Ulysses); must divide the attention heads and the world
+
+
+def conditions(flags: Model, world: int, heads: int, alone: bool) -> list[tuple[bool, str]]:
+    """(does it hold, what to say when not) on `world` ranks, for models that all have `heads` attention heads or a
+    multiple; `alone`: not under torchrun."""
+    f, split = flags, flags.replicas == 1 or (world % max(1, flags.replicas) == 0 and world > flags.replicas)
+    return [
+        (f.sp > 0 and f.replicas > 0, f"sp={f.sp}, replicas={f.replicas}: must be above 0"),
+        (world % max(1, f.sp) == 0, f"sp={f.sp} does not divide the {world} ranks: launch a multiple of {f.sp}"),
+        (heads % max(1, f.sp) == 0, f"sp={f.sp} does not divide the {heads} attention heads: use a divisor of {heads}"),
+        (split, f"replicas={f.replicas} does not split {world} ranks into copies of 2 or more: use a divisor"),
+        (f.sp == 1 or f.attention == "varlen", f"sp={f.sp} needs --attention varlen, not {f.attention}"),
+        (not (f.offload and alone), f"offload={f.offload} needs torchrun"),
+    ]
 
 
 class Ranks(NamedTuple):
@@ -68,8 +97,7 @@ def start_ranks(bf16: bool, sp: int, replicas: int = 1, patience: float = 120):
         # Accelerate's own policy for bf16 would round outputs (log-probs, that is) and gradient sums to bf16 as well
         mixed_precision_policy=MixedPrecisionPolicy(torch.bfloat16, torch.float32) if bf16 else None,
     )
-    timeout = {"timeout": timedelta(minutes=patience + 10)}
-    world = int(os.environ["WORLD_SIZE"])
+    world, timeout = int(os.environ["WORLD_SIZE"]), {"timeout": timedelta(minutes=patience + 10)}
     accelerator = Accelerator(
         fsdp_plugin=plugin,
         mixed_precision=precision,
@@ -163,8 +191,7 @@ def gathered(x: Tensor) -> Tensor:
 
 def optimizer_step(model: nn.Module, optimizer, lr: float, max_norm: float) -> Tensor:
     """Clips the gradient over all ranks and steps; returns its norm before clipping, (). When that is not finite, which
-    all ranks see alike, nothing is changed: neither the model nor its gradients."""
-    # Accelerate's clip_grad_norm_ breaks for a second model
+    all ranks see alike, nothing is changed. (Accelerate's clip_grad_norm_ breaks for a second model.)"""
     norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
     whole = norm.full_tensor() if isinstance(norm, DTensor) else norm
     if torch.isfinite(whole):
@@ -235,9 +262,8 @@ def share(items: list, ranks: Ranks) -> list:
 
 def gather(items: list, ranks: Ranks) -> list:
     """The way back: the lists of all ranks, joined in rank order, on every rank."""
-    parts: list = [items]
+    parts: list = [None] * ranks.world if ranks.world > 1 else [items]
     if ranks.world > 1:
-        parts = [None] * ranks.world
         dist.all_gather_object(parts, items)
     return [item for part in parts for item in part]
 
@@ -245,14 +271,6 @@ def gather(items: list, ranks: Ranks) -> list:
 def everywhere(x, ranks: Ranks) -> list:
     """x of every rank, on every rank."""
     return gather([x], ranks)
-
-
-def memory_plan(flags: dict, ranks: int, gb: float | None, cuda: bool) -> str:
-    """What each rank will need: the answer of memory.py, a program. gb of a card; None: of this machine."""
-    given = flags | {"ranks": ranks, "card_gb": gb, "bf16": cuda, "max_seqs": 256}
-    given["sharded"] = cuda or "RANK" in os.environ
-    command = [sys.executable, "-P", Path(__file__).with_name("memory.py")]
-    return subprocess.run(command, input=json.dumps(given), stdout=subprocess.PIPE, text=True, check=True).stdout
 
 
 class Meter:
@@ -276,50 +294,6 @@ class Meter:
         return {name: total / max(count, 1.0) for name, (total, count) in zip(self.pairs, table.tolist())}
 
 
-# dense bf16 FLOP/s of data sheets, by how a card's name begins; the first that fits
-PEAKS = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12}
-
-
-@cache
-def roofline() -> tuple[float, str]:
-    """What one rank could do at most, in FLOP/s; and in words, with where that number is from."""
-    cuda = torch.cuda.is_available()
-    card = torch.cuda.get_device_name() if cuda else "CPU"
-    for name, peak in PEAKS.items():
-        if card.startswith(f"NVIDIA {name}") and "MIG" not in card:
-            return peak, f"{peak / 1e12:.0f} TFLOP/s ({card}, data sheet)"
-    n, laps = 8192 if cuda else 1024, []
-    x = torch.randn(n, n, device="cuda" if cuda else "cpu", dtype=torch.bfloat16 if cuda else torch.float32)
-    for _ in range(5):
-        begun = time.perf_counter()
-        (x @ x)[0, 0].item()  # waits for the GPU
-        laps.append(time.perf_counter() - begun)
-    peak = 2 * n**3 / min(laps)
-    return peak, f"{peak / 1e12:.2g} TFLOP/s ({card}, best of five matmuls)"
-
-
-def forward_flops(model: nn.Module, fed: list[int], responses: int) -> float:
-    """Floating-point operations of one forward pass over sequences of `fed` tokens, all ranks together; a backward pass
-    has twice as many. 2 for each token and parameter that multiplies it; causal attention has 2 products of L^2 / 2
-    pairs, 2 for each pair and channel; a policy's head sees `responses` tokens only. Recomputation does not count."""
-    c, sizes = model.config, {name: p.numel() for name, p in model.named_parameters()}
-    body = sum(size for name, size in sizes.items() if "embed_tokens" not in name and "lm_head" not in name)
-    head = c.vocab_size * c.hidden_size * responses if hasattr(model, "lm_head") else 0
-    width = c.num_attention_heads * (getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads)
-    return 2 * (body * sum(fed) + head + c.num_hidden_layers * width * sum(n * n for n in fed))
-
-
-def utilisation(times: dict, models: list, fed: list[int], responses: int, epochs: int, ranks: Ranks) -> dict:
-    """Tokens a second: of the step, and of its update phase, in which `models` saw the batch `epochs` times. What part
-    of a rank's roofline the update reached (MFU). And the memory of each phase on the rank that took most."""
-    seconds, everywhere = times["time/update"], gather([times], ranks)
-    rate = 3 * epochs * sum(forward_flops(model, fed, responses) for model in models) / seconds / ranks.world
-    row = {name: max(t[name] for t in everywhere) for name in times if name.startswith("perf/")}
-    row |= {"perf/peak_gb": max(row.values()), "perf/tflops": rate / 1e12, "perf/mfu": rate / roofline()[0]}
-    speeds = {"perf/tokens_per_s": (sum(fed) + len(fed)) / times["time/step"]}
-    return row | speeds | {"perf/train_tokens_per_s": epochs * sum(fed) / seconds}
-
-
 # ------------------------------------------------------------------------------------------------------- packed rows
 
 
@@ -339,8 +313,7 @@ def pack(ids: Tensor, mask: Tensor, lengths: list[int], rows: list[int], sp_rank
     """Packs sequences `rows` of ids (B, T_max), each `lengths[b]` tokens long. This is the one place where outputs
     are shifted: the slot that reads token t - 1 predicts token t, so a sequence's last token is never fed, and
     whatever a model returns for `keep` belongs at `index`, which is about token t. An empty `rows` gives a row
-    that keeps nothing: ranks without work still have to join FSDP's collectives.
-    """
+    that keeps nothing: ranks without work still have to join FSDP's collectives."""
     device, width = ids.device, ids.shape[1]
     fed = [lengths[b] - 1 for b in rows]
     parts = [ids[b, :n] for b, n in zip(rows, fed)]
@@ -421,21 +394,10 @@ def _varlen_cpu(q: Tensor, k: Tensor, v: Tensor, bounds: list[int], scale: float
     return torch.cat(attended, dim=2)[0].transpose(0, 1)
 
 
-class _AllToAll(torch.autograd.Function):
-    """Swaps a split of dimension `a` over the group for a split of dimension `b`; its gradient is the way back."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, group, a: int, b: int) -> Tensor:
-        ctx.args = group, a, b
-        slabs = torch.stack(x.chunk(dist.get_world_size(group), a)).contiguous()  # one for each peer
-        received = torch.empty_like(slabs)
-        dist.all_to_all_single(received, slabs, group=group)
-        return torch.cat(received.unbind(0), b)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        group, a, b = ctx.args
-        return _AllToAll.apply(grad, group, b, a), None, None, None
+def all_to_all(x: Tensor, group, a: int, b: int) -> Tensor:
+    """Swaps a split of dimension `a` over the group for a split of dimension `b`; its gradient goes the way back."""
+    slabs = torch.stack(x.chunk(dist.get_world_size(group), a)).contiguous()  # one for each peer
+    return torch.cat(all_to_all_single(torch.empty_like(slabs), slabs, group=group).unbind(0), b)
 
 
 def packed_attention(module, query, key, value, attention_mask, scaling, cu_seqlens, max_seqlen, sp_group=None, **_):
@@ -447,12 +409,12 @@ def packed_attention(module, query, key, value, attention_mask, scaling, cu_seql
     n = dist.get_world_size(sp_group)
     if k.shape[1] % n:  # fewer kv heads than ranks: repeat them, each rank then holds a copy of the one it needs
         k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
-    q, k, v = (_AllToAll.apply(x, sp_group, 1, 0) for x in (q, k, v))
+    q, k, v = (all_to_all(x, sp_group, 1, 0) for x in (q, k, v))
     out = varlen_attention(q, k, v, cu_seqlens, max_seqlen, scaling)
-    return _AllToAll.apply(out, sp_group, 0, 1)[None], None
+    return all_to_all(out, sp_group, 0, 1)[None], None
 
 
-def setup(model_type: str, liger: bool, progress: bool, bf16: bool, attention: str = "varlen") -> dict[str, str]:
+def setup(model_type: str, progress: bool, bf16: bool, attention: str = "varlen", liger: bool = True) -> dict[str, str]:
     """Before any model is made: attn_implementation="varlen" becomes known to transformers (which then builds no mask),
     Liger patches its layers, and no report comes on the value head being new. Returns what will be used for what."""
     from transformers import AttentionInterface
@@ -471,7 +433,6 @@ def setup(model_type: str, liger: bool, progress: bool, bf16: bool, attention: s
         "attention": inside if attention == "varlen" else f"{attention} of transformers",
         "log-probs": find_liger_logprobs() if liger else "chunked",
         "Liger": apply_liger(model_type) if liger else "off",
-        "roofline of a rank": roofline()[1],
         "compute": f"{'bfloat16' if bf16 else 'float32'} on {'cuda' if cuda else 'cpu'}",
         "sharding": f"FSDP2 over {os.environ['WORLD_SIZE']} ranks" if "RANK" in os.environ else "none (one process)",
     }
@@ -588,13 +549,44 @@ def apply_liger(model_type: str) -> str:
     token_logprobs is what it promised."""
     if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
         return "off (Triton kernels need a GPU)"
+    if not any(map(which, ("cc", "gcc", "clang"))):
+        return "off (Triton needs a C compiler)"
     if not importlib.util.find_spec("liger_kernel"):
         return "off (liger-kernel is not installed)"
-    known = ("llama", "qwen2", "qwen3")
-    if model_type not in known:
+    if model_type not in (known := ("llama", "qwen2", "qwen3")):
         return f"off (patches are for {', '.join(known)}, not {model_type})"
     import liger_kernel.transformers as liger
 
     patch = getattr(liger, f"apply_liger_kernel_to_{model_type}")
     patch(rope=False, cross_entropy=False, fused_linear_cross_entropy=False, rms_norm=True, swiglu=True)
     return "RMSNorm, SwiGLU"
+
+
+if __name__ == "__main__":  # the plain way, and the fast one beside it: forward and backward
+    cuda, lengths, errors = torch.cuda.is_available(), [700, 60, 240, 1, 500], []
+    torch.set_default_device("cuda" if cuda else "cpu")
+    (K, D, V), dtype, allowed = ((4096, 1536, 151936), torch.bfloat16, 0.03) if cuda else ((999, 64, 16000), None, 1e-4)
+    head, bounds = {"targets": torch.arange(K) * 7 % V, "temperature": 0.7}, torch.tensor([0, *lengths]).cumsum(0).int()
+
+    def padded(*qkv: Tensor) -> Tensor:
+        rows = (nn.utils.rnn.pad_sequence(x.split(lengths), True).transpose(1, 2) for x in qkv)
+        out = scaled_dot_product_attention(*rows, scale=0.1, is_causal=True, enable_gqa=True).transpose(1, 2)
+        return torch.cat([x[:n] for x, n in zip(out, lengths)])
+
+    kb = lambda: int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])  # noqa: E731
+    mb = lambda: torch.cuda.max_memory_allocated() / 2**20 if cuda else kb() / 1024  # noqa: E731  the most so far
+    logits = {"all logits": partial(token_logprobs_ref, **head), find_liger_logprobs(): partial(token_logprobs, **head)}
+    fast = {"padded sdpa": padded, "varlen": partial(varlen_attention, cu_seqlens=bounds, max_seqlen=700, scale=0.1)}
+    print(f"{'':40s}    ms    MB  largest error")
+    for shapes, ways in (([(K, D), (V, D)], logits), ([(1501, heads, 64) for heads in (8, 2, 2)], fast)):
+        inputs, done = [torch.randn(shape, dtype=dtype).requires_grad_() for shape in shapes], []
+        for name, f in ways.items():
+            torch.cuda.reset_peak_memory_stats() if cuda else Path("/proc/self/clear_refs").write_text("5")
+            begun, before = time.perf_counter(), mb()
+            out = torch.stack(out) if isinstance(out := f(*inputs), tuple) else out
+            done.append([out, *torch.autograd.grad(out, inputs, torch.arange(out.numel()).sin().to(out).view_as(out))])
+            done[-1][-1].sum().item()  # waits for the GPU
+            ms, most = 1000 * (time.perf_counter() - begun), mb() - before
+            errors += [max(((x - y).abs().max() / y.abs().max()).item() for x, y in zip(done[-1], done[0]))]
+            print(f"{name:40.40s}{ms:6.0f}{most:6.0f}  {errors[-1]:.1e}")
+    sys.exit(f"kernels.py: errors {errors}; {allowed} is allowed" if not max(errors) <= allowed else 0)

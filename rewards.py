@@ -32,6 +32,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from functools import cache
 from math import comb, isfinite
+from operator import add, mul, sub, truediv
 from pathlib import Path
 from statistics import fmean
 from typing import Literal
@@ -43,7 +44,6 @@ STATUSES = ("ok", "wrong", "timeout", "memory", "crash", "output", "no_answer", 
 class Rules:
     """what counts as an answer, and what a program may cost"""
     code_reward: Literal["all", "fraction"] = "all"  # all: 1 when every test passes; fraction: the part that passes
-    test_seconds: float = 4.0  # CPU time of a program on one test; by the clock twice that and one second more
     answers: Literal["strict", "tagged", "any"] = "strict"  # math: <answer> too, then any last number; code: no fence
     unsafe_code: bool = False  # run model-written programs although the kernel offers too few walls (sandbox.py)
 
@@ -65,12 +65,7 @@ def answered(text: str) -> str:
 # ---------------------------------------------------------------------------------------------------------- countdown
 
 MAX_EXPRESSION = 200  # characters; six numbers and a lot of parentheses fit in 60. Bounds the parser's time and depth.
-OPERATORS = {
-    ast.Add: lambda a, b: a + b,
-    ast.Sub: lambda a, b: a - b,
-    ast.Mult: lambda a, b: a * b,
-    ast.Div: lambda a, b: a / b,  # of Fractions: exact
-}
+OPERATORS = {ast.Add: add, ast.Sub: sub, ast.Mult: mul, ast.Div: truediv}  # of Fractions: exact
 
 
 def last_answer(text: str) -> str | None:
@@ -82,11 +77,8 @@ def last_answer(text: str) -> str | None:
 
 def evaluate(expression: str) -> tuple[Fraction | None, list[int]] | None:
     """(value, integers used) of an expression over + - * / and parentheses, exactly; None when it is anything else.
-
     The value is None when it divides by zero. Only binary operators and plain integers pass, so `**`, `//`, `1.5`,
-    a leading minus, names, calls and attributes are all "anything else", and numbers cannot grow: the length limit
-    allows about 100 digits in all.
-    """
+    a leading minus, names, calls and attributes are all "anything else". The length allows about 100 digits in all."""
     if len(expression) > MAX_EXPRESSION or set(expression) - set("0123456789+-*/() \t\r\n"):
         return None
     try:
@@ -114,15 +106,11 @@ def evaluate(expression: str) -> tuple[Fraction | None, list[int]] | None:
 
 def countdown(text: str, row: dict) -> dict:
     """1.0 when the last answer uses every given number exactly once and reaches the target; 0.1 when it is at least
-    an arithmetic expression; else 0. The 0.1 teaches the format and is kept small because it can be had for nothing.
-    """
+    an arithmetic expression; else 0. The 0.1 teaches the format, and is small because it can be had for nothing."""
     numbers, target = sorted(row["answer"]["numbers"]), row["answer"]["target"]
     answer = last_answer(text)
-    if answer is None:
-        return verdict("no_answer") | {"format": 0.0}
-    result = evaluate(answer)
-    if result is None:
-        return verdict("wrong") | {"format": 0.0}
+    if answer is None or (result := evaluate(answer)) is None:
+        return verdict("no_answer" if answer is None else "wrong") | {"format": 0.0}
     right = sorted(result[1]) == numbers and result[0] == target
     return verdict("ok" if right else "wrong", 1.0 if right else 0.1) | {"format": 1.0, "answer": answer.strip()}
 
@@ -131,6 +119,7 @@ def countdown(text: str, row: dict) -> dict:
 
 MATH_SECONDS = 2.0  # CPU time of one comparison
 MAX_ANSWER = 4000  # characters that anything but == may see
+NUMBER = r"-?\d[\d,]*(?:\.\d+|/\d+)?"
 
 
 def last_box(text: str) -> tuple[str, str] | None:
@@ -151,8 +140,7 @@ def math(text: str, row: dict) -> dict:
     box = last_box(text)
     if box is None and rules.answers != "strict" and (tagged := last_answer(text)) is not None:
         box = tagged, text.rpartition("</answer>")[2]
-    numbers = re.findall(r"-?\d[\d,]*(?:\.\d+|/\d+)?", text[-MAX_ANSWER:]) if rules.answers == "any" else []
-    if box is None and numbers:
+    if box is None and rules.answers == "any" and (numbers := re.findall(NUMBER, text[-MAX_ANSWER:])):
         box = numbers[-1], ""
     if box is None or not box[0].strip():
         return verdict("no_answer")
@@ -178,7 +166,6 @@ def readable(answers: list[str], progress: bool = False, size: int = 64) -> list
         return ask(chunk[:half]) + ask(chunk[half:]) if half else [False]
 
     from tqdm import tqdm  # comes with datasets; programs are judged without
-
     with ThreadPoolExecutor(2 * default_workers()) as threads:
         found = tqdm(threads.map(ask, chunks), "checking answers", len(chunks), disable=not progress)
         return [verdict for chunk in found for verdict in chunk]
@@ -187,7 +174,8 @@ def readable(answers: list[str], progress: bool = False, size: int = 64) -> list
 # --------------------------------------------------------------------------------------------------------------- code
 
 PYTHON = {"", "python", "python3", "py", "py3", "python2", "cpython", "pypy", "pypy3", "ipython", "sage", "code"}
-MAX_TESTS_TIME = 10  # times test_seconds: what all tests of a program may take together
+TEST_SECONDS = 4.0  # CPU time of a program on one test; by the clock twice that and one second more
+MAX_TESTS_TIME = 10  # times TEST_SECONDS: what all tests of a program may take together
 FLOAT_TOLERANCE = 1e-6  # relative, absolute below 1; only where the expected output is written as a decimal
 
 
@@ -206,8 +194,7 @@ def last_block(text: str) -> str | None:
             found, block = block if name in PYTHON else found, None
         else:
             block.append(line)
-    if block is not None and name in PYTHON:
-        found = block
+    found = block if block is not None and name in PYTHON else found
     return None if found is None else textwrap.dedent("\n".join(found))
 
 
@@ -236,13 +223,12 @@ def same_value(given: object, wanted: object) -> bool:
     """Of JSON: 1 is 1.0 but not true, floats within the tolerance, no NaN."""
     if isinstance(given, bool) or isinstance(wanted, bool):
         return given is wanted
-    if isinstance(given, float) or isinstance(wanted, float):
+    if float in (kinds := {type(given), type(wanted)}):
         try:
-            g, w = float(given), float(wanted)
-        except (TypeError, ValueError, OverflowError):
+            finite = kinds <= {int, float} and isfinite(given) and isfinite(wanted)
+            return finite and abs(given - wanted) <= FLOAT_TOLERANCE * max(1.0, abs(wanted))
+        except OverflowError:  # an integer that no float can hold
             return False
-        numbers = isinstance(given, (int, float)) and isinstance(wanted, (int, float)) and isfinite(g) and isfinite(w)
-        return numbers and abs(g - w) <= FLOAT_TOLERANCE * max(1.0, abs(w))
     if isinstance(given, list) and isinstance(wanted, list):
         return len(given) == len(wanted) and all(map(same_value, given, wanted))
     if isinstance(given, dict) and isinstance(wanted, dict):
@@ -276,25 +262,23 @@ def unit_tests(row: dict) -> list[tuple[object, object]]:
 def code(text: str, row: dict) -> dict:
     """1 when the last fenced block passes all tests of the row, or with --code_reward fraction the part that passes."""
     tests, name, text, rules = unit_tests(row), row["answer"].get("fn_name"), answered(text), CURRENT.rules
-    program = last_block(text)
-    if program is None and rules.answers == "any":
-        program = text
-    if program is None or not program.strip():
+    block = last_block(text)
+    program = text if block is None and rules.answers == "any" else block or ""
+    if not program.strip():
         return verdict("no_answer")
-    passed, status, spent = 0, "ok", 0.0
-    source = program.encode("utf-8", "surrogatepass")
+    passed, status, spent, source = 0, "ok", 0.0, program.encode("utf-8", "surrogatepass")
     for given, wanted in tests:
         size = 2 * len(wanted if isinstance(wanted, str) else json.dumps(wanted)) + (1 << 16)
-        result, output = run_sandboxed("code", source, given, name, rules.test_seconds, size)
+        result, output = run_sandboxed("code", source, given, name, TEST_SECONDS, size)
         outcome = result["status"]
+        spent += max(result["cpu"], TEST_SECONDS * (outcome == "timeout"))
+        late = spent > MAX_TESTS_TIME * TEST_SECONDS
         if outcome == "ok":
-            outcome = "ok" if (same_result if name else same_output)(output, wanted) else "wrong"
-        spent += max(result["cpu"], rules.test_seconds * (outcome == "timeout"))
-        if outcome == "ok" and spent > MAX_TESTS_TIME * rules.test_seconds:
-            outcome = "timeout"
+            right = (same_result if name else same_output)(output, wanted)
+            outcome = "wrong" if not right else "timeout" if late else "ok"
         passed += outcome == "ok"
         status = outcome if status == "ok" else status
-        if status != "ok" and (rules.code_reward == "all" or spent > MAX_TESTS_TIME * rules.test_seconds):
+        if status != "ok" and (rules.code_reward == "all" or late):
             break
     return verdict(status, passed / len(tests) if rules.code_reward == "fraction" else None)
 
@@ -345,20 +329,16 @@ class Server:
             os.set_blocking(self.process.stdin.fileno(), False)
             self.send(time.monotonic() + 60, config)
             self.walls = self.receive(time.monotonic() + 60)[0]
-        except FAILURES:
+            layers, missing = set(self.walls["layers"]), self.walls["missing"]
+            if absent := [why for name, why in missing.items() if name in config["preload"]]:
+                raise RuntimeError(f"{kind} rewards: {absent[0]}: pip install it, or -r requirements.txt")
+            if kind == "code" and not unsafe and not ("seccomp" in layers and layers & {"landlock", "namespaces"}):
+                what = f"code rewards: this kernel gives only {sorted(layers)} ({missing}), and model-written programs"
+                fix = "use another machine, or --unsafe_code"
+                raise RuntimeError(f"{what} need seccomp and one of landlock, namespaces: {fix}")
+        except BaseException:
             self.kill()
             raise
-        layers = set(self.walls["layers"])
-        if absent := [why for name, why in self.walls["missing"].items() if name in config["preload"]]:
-            self.kill()
-            raise RuntimeError(f"{kind} rewards: {absent[0]}: pip install it, or -r requirements.txt")
-        enough = "seccomp" in layers and layers & {"landlock", "namespaces"}
-        if kind == "code" and not (enough or unsafe):
-            self.kill()
-            raise RuntimeError(
-                f"code rewards: this kernel gives only {sorted(layers)} ({self.walls['missing']}), and model-written "
-                "programs need seccomp and one of landlock, namespaces: use another machine, or --unsafe_code"
-            )
 
     def kill(self) -> None:
         if self.process.poll() is None:
@@ -384,8 +364,7 @@ class Server:
         data, pipe = bytearray(), self.process.stdout.fileno()
         while len(data) < count:
             self.wait(pipe, select.POLLIN, deadline)
-            more = os.read(pipe, count - len(data))
-            if not more:
+            if not (more := os.read(pipe, count - len(data))):
                 raise EOFError("the sandbox is gone")
             data += more
         return bytes(data)
@@ -447,21 +426,14 @@ class Pool:
             except BaseException as error:  # a bad row; it is raised where the result is asked for
                 future.set_exception(error)
 
-    def submit(self, text: str, row: dict, rules: Rules) -> Future:
-        future: Future = Future()
-        self.responses.put((future, text, row, rules))
-        return future
-
     def close(self) -> None:
         self.closed = True
-        if self.process == os.getpid():  # not in a fork of it
-            for server in list(self.servers.values()):
-                server.kill()
+        for server in list(self.servers.values()) if self.process == os.getpid() else ():  # not in a fork of it
+            server.kill()
 
 
 class Current(threading.local):
     """What the response that this thread judges is judged by."""
-
     pool: Pool | None = None
     rules = Rules()
 
@@ -476,15 +448,13 @@ def default_workers() -> int:
     return max(1, len(os.sched_getaffinity(0)) // ranks)
 
 
-def run_sandboxed(
-    kind: str, program: bytes, given: object, name: str | None, seconds: float, size: int = 1 << 16
-) -> tuple[dict, bytes]:
+def run_sandboxed(kind: str, program: bytes, given, name: str | None, cpu: float, size=1 << 16) -> tuple[dict, bytes]:
     """Runs a program on a text, or its function `name` on a list of arguments. The result's "status" is of sandbox.py:
     ok, timeout, memory, crash, output; the bytes are what it printed, or the JSON of what the function returned."""
     pool, unsafe = CURRENT.pool or pool_of(default_workers()), CURRENT.rules.unsafe_code
     data = json.dumps(given).encode() if name else str(given).encode("utf-8", "surrogatepass")
-    job = {"kind": "call" if name else "stdin", "fn_name": name, "cpu": seconds, "memory": MEMORY, "output": size}
-    for again, wall in enumerate((SLICE[kind], 2 * seconds + 1)):
+    job = {"kind": "call" if name else "stdin", "fn_name": name, "cpu": cpu, "memory": MEMORY, "output": size}
+    for again, wall in enumerate((SLICE[kind], 2 * cpu + 1)):
         future: Future = Future()
         pool.jobs.put((again, next(pool.arrivals), kind, unsafe, job | {"wall": wall}, program, data, future))
         result, output, walls = future.result()
@@ -496,13 +466,7 @@ def run_sandboxed(
 # -------------------------------------------------------------------------------------------------------------- batches
 
 
-def submit(
-    texts: list[str],
-    rows: list[dict],
-    finished: list[bool] | None = None,
-    workers: int = 0,
-    rules: Rules = Rules(),
-) -> list[Future]:
+def submit(texts: list[str], rows: list[dict], finished: list | None = None, workers=0, rules=Rules()) -> list[Future]:
     """One future for each text: of {"reward": float, "correct": 0.0 or 1.0, "status": str, ...parts that are logged}.
 
     `finished[i]` is False when response i was cut at its length limit. Such a response scores 0: it did not choose
@@ -515,19 +479,15 @@ def submit(
         raise ValueError(f"{len(texts)} texts for {len(rows)} rows: give one row for each text")
     pool, futures = pool_of(workers or default_workers()), []
     for text, row, done in zip(texts, rows, finished or [True] * len(rows)):
-        futures.append(pool.submit(text, row, rules) if done else Future())
-        if not done:
+        futures.append(Future())
+        if done:
+            pool.responses.put((futures[-1], text, row, rules))
+        else:
             futures[-1].set_result(verdict("no_answer"))
     return futures
 
 
-def score(
-    texts: list[str],
-    rows: list[dict],
-    finished: list[bool] | None = None,
-    workers: int = 0,
-    rules: Rules = Rules(),
-) -> list[dict]:
+def score(texts: list[str], rows: list[dict], finished: list | None = None, workers=0, rules=Rules()) -> list[dict]:
     """The results of submit(), in the order of the texts; the same for any number of workers."""
     return [future.result() for future in submit(texts, rows, finished, workers, rules)]
 
@@ -564,7 +524,6 @@ def evaluation(scored: list[dict], k: int, tasks: list[str] = ()) -> dict[str, f
     sound = ([r for r in scored[i : i + k] if r["status"] != "infra"] for i in range(0, len(scored), k))
     rows = [row for row in sound if row]
     right = [int(sum(r["correct"] == 1 for r in row)) for row in rows]
-
     correct = fmean([c / len(row) for row, c in zip(rows, right)] or [0.0])
     out = {"eval/correct": correct} | ({f"eval/mean_at_{k}": correct} if k > 1 else {})
     for n in sorted({k, *(2**i for i in range(k.bit_length()))}) if k > 1 else ():
@@ -584,16 +543,58 @@ REWARDS = {"countdown": countdown, "math": math, "code": code, "rg": gym}  # tas
 
 if __name__ == "__main__" and sys.argv[1:2] == ["readable"]:  # for data.py: answers in, verdicts out, both as JSON
     json.dump(readable(json.load(sys.stdin), "--progress" in sys.argv), sys.stdout)
-elif __name__ == "__main__":  # python rewards.py: what the rewards say of a few typical and hostile answers
-    print(start({"math", "code"}))
-    examples = [
-        ({"task": "countdown", "answer": {"numbers": [3, 5, 7], "target": 22}}, "<answer>{}</answer>",
-         ["3*5+7", "3*7-5", "3*5+7=22", "9**9**9", "().real"]),
-        ({"task": "math", "answer": r"\frac{1}{2}"}, r"\boxed{{{}}}",
-         ["0.5", r"\frac24", r"\sin 30^\circ", "0.50001", "1 or 1/2", "9^{9^{9^9}}", "open('x','w')"]),
-        ({"task": "code", "answer": {"inputs": ["2\n", "5\n"], "outputs": ["4\n", "25\n"]}}, "```python\n{}\n```",
-         ["print(int(input())**2)", "print(4)", "while True: pass", "open('/etc/passwd')", "x = [0] * 10**10"]),
+elif __name__ == "__main__":
+    import tyro
+
+    sums, squares = {"numbers": [3, 5, 7], "target": 22}, {"inputs": ["2\n", "5\n"], "outputs": ["4\n", "25\n"]}
+    typical = [  # task, answer of the row, what is around a response, {status and reward: responses}
+        ("countdown", sums, "<answer>{}</answer>", {
+            "ok 1": ["3*5+7"], "wrong 0.1": ["3*7-5", "3/(5-5)"], "wrong 0": ["3*5+7=22", "9**9**9", "().real"]}),
+        ("countdown", sums, "{}", {"no_answer 0": ["So 3*5+7 = 22."]}),
+        ("math", r"\frac{1}{2}", r"\boxed{{{}}}", {"ok 1": ["0.5", r"\frac24", r"\sin 30^\circ"],
+            "wrong 0": ["0.50001", "1 or 1/2", "9^{9^{9^9}}", "open('x','w')"]}),
+        ("math", r"\frac{1}{2}", r"\boxed{{0.5}} {}", {"no_answer 0": ["</think> 0.5"], "wrong 0": [r"or \boxed{2}"]}),
+        ("code", squares, "```python\n{}\n```", {
+            "ok 1": ["print(int(input())**2)"], "wrong 0": ["print(4)"], "timeout 0": ["while True: pass"],
+            "crash 0": ["open('/etc/passwd')"], "memory 0": ["x = [0] * 10**10"]}),
+        ("code", squares, "{}", {"no_answer 0": ["print(int(input())**2)"]}),
     ]  # fmt: skip
-    for row, wrap, answers in examples:
-        for answer, result in zip(answers, score([wrap.format(a) for a in answers], [row] * len(answers))):
-            print(f"{row['task']:9s} {result['reward']:.1f} {result['status']:9s} {answer!r}")
+
+    def look(file: tyro.conf.Positional[str] = "", task: str = "", out: str = "", rules: Rules = Rules()) -> None:
+        """Judges typical and hostile responses to TASK, by default to each; or the lines of FILE, a JSONL file: "task"
+        (else TASK), "answer", "response" or "text", perhaps "id", "finished". OUT gets them with their verdicts."""
+        rows = [{"task": t, "answer": gold, "text": around.format(said), "id": said, "expected": wanted}
+                for t, gold, around, cases in typical if not file and task in ("", t)
+                for wanted, some in cases.items() for said in some]  # fmt: skip
+        for n, line in enumerate(open(file, encoding="utf-8") if file else (), 1):
+            try:
+                row = {"task": task or None, "id": f"line {n}"} | json.loads(line)
+            except (ValueError, TypeError):
+                sys.exit(f"{file}, line {n}: no JSON object")
+            gold = None if "status" in row else row.get("answer")  # in a run's samples.jsonl it is what was found
+            needed = {"task": row["task"], "answer": gold, "response": row.get("response", row.get("text"))}
+            if absent := [name for name, value in needed.items() if value is None]:
+                sys.exit(f'{file}, line {n}: there is no "' + '", no "'.join(absent) + '"')
+            rows.append(row)
+        if not rows:
+            sys.exit(f"{file} has no lines" if file else f"task={task!r}: use countdown, math or code")
+        print(start({row["task"] for row in rows}, rules))
+        print(f"{'task':12s} {'status':10s} reward  {'answer found':24s} {'line' if file else 'response'}")
+        texts, results, wrong = [row.get("response", row.get("text")) for row in rows], [], 0
+        for row, future in zip(rows, submit(texts, rows, [row.get("finished", True) for row in rows], rules=rules)):
+            if error := future.exception():
+                sys.exit(f"{file}, {row['id']}: its answer cannot be used: {error!r}")
+            results.append(future.result())
+            status, reward, found = (results[-1].get(name, "") for name in ("status", "reward", "answer"))
+            wanted = f"{status} {reward:g}" if file else row["expected"]
+            note = f"  <- expected {wanted}" * (wanted != f"{status} {reward:g}")
+            print(f"{row['task']:12s} {status:10s} {reward:<7.3g} {found and repr(found):24.24s} {row['id']}{note}")
+            wrong += bool(note)
+        means = [f"{k[7:]} {v:.3g}" for k, v in summary(results).items() if v or k == "reward/correct"]
+        print(f"{len(rows)} responses: {', '.join(means)}")
+        if out:
+            Path(out).write_text("".join(json.dumps(r | {"verdict": x}) + "\n" for r, x in zip(rows, results)))
+        if wrong and rules in (Rules(), Rules(unsafe_code=True)):
+            sys.exit(f"{wrong} of {len(rows)} verdicts differ from what was expected")
+
+    tyro.cli(look, config=(tyro.conf.OmitArgPrefixes,), use_underscores=True)

@@ -8,19 +8,55 @@ Left out on purpose: top_p and top_k. They change the distribution sampled from,
 """
 import gc
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 
+@dataclass
+class Sampling:
+    """how prompts are answered"""
+    engine: Literal["vllm", "torch"] = "vllm"  # torch: plain PyTorch, slow, for debugging
+    prompts_per_step: int = 256  # over all ranks
+    samples_per_prompt: int = 1  # answers to each prompt
+    refill: int = 0  # rounds, up to 5, of new prompts for those whose answers are all rewarded alike (dynamic sampling)
+    max_new_tokens: int = 1024  # response limit
+    temperature: float = 1.0  # of sampling; the trainer divides its logits by the same number
+    stop: tuple[str, ...] = ()  # texts that end a response and stay in it, besides every EOS id of the model
+    tp: int = 1  # ranks that share one engine (tensor parallel)
+    gpu_memory: float = 0.6  # share of the card for the engine while it is awake
+
+
+def conditions(flags: Sampling, world: int, heads: int, group: bool) -> list[tuple[bool, str]]:
+    """(does it hold, what to say when not) on `world` ranks; `heads` of attention can be shared by tp ranks; `group`:
+    answers are compared with others to the same prompt."""
+    f, n, asked = flags, flags.samples_per_prompt, flags.prompts_per_step
+    even = -(-asked // world) * world
+    node, tp = int(os.environ.get("LOCAL_WORLD_SIZE", world)), max(1, f.tp)
+    positive = "prompts_per_step samples_per_prompt max_new_tokens temperature tp".split()
+    return [(getattr(f, name) > 0, f"{name}={getattr(f, name)}: must be above 0") for name in positive] + [
+        (asked == even, f"prompts_per_step={asked} is no multiple of {world} ranks: use {even}"),
+        (n > 1 or not group, f"samples_per_prompt={n}: this --advantage compares answers to one prompt, use 2 or more"),
+        (n > 1 or not f.refill, f"samples_per_prompt={n}: --refill looks for answers that differ, use 2 or more"),
+        (0 <= f.refill <= 5, f"refill={f.refill}: use 0 to 5"),
+        (node % tp == 0, f"tp={f.tp} does not divide the {node} ranks: launch a multiple of {f.tp}"),
+        (heads % tp == 0, f"tp={f.tp} does not divide the {heads} attention heads: use a divisor of {heads}"),
+        (f.tp == 1 or f.engine == "vllm", f"tp={f.tp} needs --engine vllm, not {f.engine}"),
+    ]
+
+
 class Sample(NamedTuple):
     ids: list[int]  # the response; ends with an EOS id, or completes a stop text, if and only if `finished`
     logprobs: list[float]  # of each id under the engine's weights at the sampling temperature (at 1 when greedy)
     finished: bool  # the model chose to stop; False: cut at max_new_tokens
+
+
+MOST_TOKENS = 2048  # of a response in samples.jsonl, one by one
 
 
 class Rollout(NamedTuple):
@@ -65,12 +101,23 @@ def mismatch(trainer: Tensor, engine: Tensor, cap: float) -> dict[str, float]:
     }
 
 
-def records(step: int, rows: list[dict], texts: list[str], samples: list[Sample], scored: list[dict]) -> list[dict]:
-    """Rows of samples.jsonl."""
-    return [
-        {"step": step, "id": row["id"], "prompt": row["prompt"], "response": text, "finished": s.finished} | result
-        for row, text, s, result in zip(rows, texts, samples, scored)
-    ]
+def records(
+    step: int, rows: list[dict], texts: list[str], samples: list[Sample], scored: list[dict], count: int | None = None,
+    decode: Callable | None = None, **numbers: Tensor,
+) -> list[dict]:
+    """Rows of samples.jsonl: all, or `count` of them. With `decode`: the texts of each response's last MOST_TOKENS, and
+    their `numbers`, (B, T) as in Rollout."""
+    out = []
+    for b in range(0, len(rows), -(-len(rows) // (count or len(rows)))):
+        row, sample = rows[b], samples[b]
+        about = {"step": step, "id": row["id"], "prompt": row["prompt"], "response": texts[b]}
+        about["finished"] = sample.finished
+        if decode:
+            end, ids = len(row["ids"]) + len(sample.ids), sample.ids[-MOST_TOKENS:]
+            about["tokens"] = [decode([i]) for i in ids]
+            about |= {k: [round(float(v), 4) for v in x[b, end - len(ids) : end]] for k, x in numbers.items()}
+        out.append(about | scored[b])
+    return out
 
 
 def show(samples: list[dict]) -> str:
@@ -213,11 +260,13 @@ class VLLMSampler:
         self.llm.llm_engine.engine_core.shutdown()
 
 
-def record(samples: list[Sample], scored: list[dict] = (), taken: dict | None = None, forward=None, **flags) -> dict:
+def record(
+    rows: list[dict], samples: list[Sample], scored: list[dict] = (), taken: dict | None = None, forward=None, **flags
+) -> dict:
     """What a step was made of, for Recorded; `flags` differ from the run's."""
     scored = scored or [{"reward": 0.0, "correct": 0.0, "status": "wrong"}] * len(samples)
-    known = {"samples": [*map(tuple, samples)], "scored": scored, "taken": taken or {}, "forward": forward}
-    return known | {"flags": flags}
+    known = {"rows": [*map(dict, rows)], "samples": [*map(tuple, samples)], "scored": scored}
+    return known | {"taken": taken or {}, "forward": forward, "flags": flags}
 
 
 def load_record(file: Path) -> tuple[dict, dict]:
@@ -225,6 +274,8 @@ def load_record(file: Path) -> tuple[dict, dict]:
     record = torch.load(file, map_location="cpu", weights_only=True)  # runs no code
     alone = {} if "RANK" in os.environ else {"sp": 1, "tp": 1, "replicas": 1, "offload": ()}
     flags = record["args"] | alone | {"out": str(file.parent.parent), "resume": "auto"}
+    if flags["samples_per_prompt"] == 1:  # the canary's, perhaps: one answer is no group, and its record needs none
+        flags |= {"refill": 0, "advantage": "gae" if flags["advantage"] == "gae" else "reinforce++"}
     return flags, record | {"folder": file.parent}
 
 
@@ -243,13 +294,55 @@ class Recorded:
     def close(self) -> None: ...
 
 
-def attempt(sampler, *question) -> tuple[list[Sample], str]:
-    """The engine's answers, or what went wrong."""
-    try:
-        return sampler.sample(*question), ""
-    except Exception as error:
-        rank = dist.get_rank() if dist.is_initialized() else 0
-        return [], f"rank {rank}: {type(error).__name__}: {error} "
+class Engine:
+    """The samplers of all ranks, which are asked together. When one fails, every rank makes a new one, with the weights
+    that `rescue(what failed)` gives, and asks again, once."""
+
+    def __init__(self, make: Callable, rescue: Callable, everywhere: Callable, seed: int, progress: bool = False):
+        self.make, self.rescue, self.everywhere, self.seed, self.progress = make, rescue, everywhere, seed, progress
+        self.sampler = make()
+
+    def ask(
+        self, prompts: list[list[int]], n: int, limit: int, temperature: float, step: int, purpose: int
+    ) -> list[Sample]:
+        """n samples of each prompt, at most `limit` tokens each, on all ranks; each rank asks for its share. They are
+        functions of (seed, step, purpose) and a prompt's place alone."""
+        rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        first, end = (r * len(prompts) // world for r in (rank, rank + 1))
+        seed = stream(self.seed, step, purpose) + first * n
+        question = prompts[first:end], n, limit, temperature, seed, self.progress
+        for tries in (1, 2):
+            try:
+                answer = self.sampler.sample(*question), ""
+            except Exception as error:
+                answer = [], f"rank {rank}: {type(error).__name__}: {error} "
+            parts, faults = zip(*self.everywhere(answer))
+            if not any(faults):
+                return [sample for part in parts for sample in part]
+            if tries == 1:
+                weights = self.rescue("".join(faults))
+                self.sampler = None  # its memory is needed
+                self.sampler = self.make()
+                self.sampler.load(weights)
+        raise RuntimeError(f"an engine failed twice on the same prompts; what was trained is saved. {''.join(faults)}")
+
+
+def refilled(round0: tuple, draw: Callable[[int], tuple], rounds: int) -> tuple:
+    """Dynamic sampling (DAPO, arXiv:2503.14476): answers to one prompt that are all rewarded alike teach nothing; those
+    to another prompt take their place. A round is (rows, samples, texts, a function that waits for results), `draw(1)`
+    to `draw(rounds)` give further ones. Returns as many groups as round0 has, in the same form, the best there were."""
+    groups, more = [], round0
+    for k in range(1, rounds + 2):
+        rows, n = more[0], len(more[1]) // len(more[0])
+        groups += zip(rows, *([xs[i : i + n] for i in range(0, len(xs), n)] for xs in (*more[1:3], more[3]())))
+        alike = [len({r["reward"] for r in scored if r["status"] != "infra"}) < 2 for *_, scored in groups]
+        if alike.count(False) >= len(rows) or k > rounds:
+            break
+        more = draw(k)
+    chosen = sorted(range(len(groups)), key=alike.__getitem__)[: len(round0[0])]  # stable: in the order they came
+    rows, *parts = zip(*(groups[i] for i in chosen))
+    samples, texts, scored = ([x for group in part for x in group] for part in parts)
+    return list(rows), samples, texts, lambda: scored
 
 
 def _prepare_cpu() -> None:
@@ -373,3 +466,51 @@ def make_sampler(
     if engine == "torch":
         return TorchSampler(path, eos_ids, **both)
     raise ValueError(f"engine={engine!r}: use 'vllm' or 'torch'")
+
+
+if __name__ == "__main__":
+    import sys
+
+    del sys.path[0]  # this folder's kernels.py has the name of a package that transformers looks for
+    import tyro
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    EXAMPLES = (
+        "Use the numbers 3, 5, 7 exactly once each with + - * / and parentheses to make 22. "
+        "Think inside <think> </think>, then write the expression inside <answer> </answer>.\n<think>",
+        "What is 2 + 3? The answer is",
+    )
+
+    def look(
+        model: str, engine: Literal["vllm", "torch"] = "vllm", prompt: tuple[str, ...] = EXAMPLES, n: int = 2,
+        max_new_tokens: int = 64, temperature: float = 1.0, seed: int = 0,
+    ) -> None:  # fmt: skip
+        """Samples n answers to each prompt (greedy: one), a text that is fed as it stands. The gap is the mean distance
+        of the engine's log-probs from those of a plain forward of transformers, in float32 on the CPU."""
+        logging.disable_progress_bar()
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(model)
+            plain = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, use_safetensors=True)
+        except (OSError, ValueError) as error:
+            sys.exit(f"rollout.py: model={model!r} is no Hugging Face folder or hub id to be used: {error}")
+        n, ids = n if temperature else 1, tokenizer(list(prompt))["input_ids"]
+        both = {"max_len": max(map(len, ids)) + max_new_tokens, "max_seqs": n * len(ids)}
+        both |= {} if torch.cuda.is_available() else {"dtype": "float32"}
+        sampler = make_sampler(engine, model, eos_ids(model, tokenizer), seed=seed, **both)
+        samples, gaps = sampler.sample(ids, n, max_new_tokens, temperature, seed), []
+        for i, sample in enumerate(samples):
+            fed = ids[i // n]
+            with torch.no_grad():
+                logits = plain(torch.tensor([fed + sample.ids])).logits[0, len(fed) - 1 : -1]
+            logprobs = (logits / (temperature or 1.0)).log_softmax(-1).gather(1, torch.tensor(sample.ids)[:, None])
+            gaps.append((logprobs[:, 0] - torch.tensor(sample.logprobs)).abs())
+            if i % n == 0:
+                print(f"prompt of {len(fed)} tokens: {prompt[i // n]!r}")
+            end = "finished" if sample.finished else "cut"
+            print(f"  {end}, {len(sample.ids)} tokens, gap {gaps[-1].mean():.1e}: {tokenizer.decode(sample.ids)!r}")
+        gap = torch.cat(gaps)
+        print(f"{engine}: mean |log-prob difference| {gap.mean():.1e}, largest {gap.max():.1e}, of {len(gap)} tokens")
+        sampler.close()
+
+    tyro.cli(look, use_underscores=True)

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The whole project on a laptop (Linux): a model of 0.5M parameters learns to search on Countdown, with the real engine
 # (vLLM), the real sharding (FSDP2, two processes) and the real loop. No GPU, no download but Python packages.
-# It ends with before/after accuracy on held-out problems and the path of the learning curve.
+# It ends with before/after accuracy on held-out problems and the paths of the learning curves and the report's page.
 #
 #   bash run_cpu.sh                     # seed 0; sets up .venv first when there is none
 #   SEED=1 bash run_cpu.sh
@@ -34,13 +34,14 @@ export PATH="$PWD/.venv/bin:$PATH"
 export OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE # spinning threads would make it ten times slower on busy cores
 export HF_HUB_OFFLINE=1 VLLM_LOGGING_LEVEL=ERROR TORCH_CPP_LOG_LEVEL=ERROR PYTHONWARNINGS=ignore
 
-if [ ! -e "$OUT.warm/config.json" ]; then
+WARM=runs/warm-seed$SEED # every run of a seed starts from it
+if [ ! -e "$WARM/config.json" ]; then
   echo "making a tiny model and warming it with supervised steps (once for each seed)"
-  OMP_NUM_THREADS=2 python tests/tiny.py "$OUT.warm" --seed "$SEED"
+  OMP_NUM_THREADS=2 python tests/tiny.py "$WARM" --seed "$SEED"
 fi
 
 FLAGS=(
-  --model "$OUT.warm" --out "$OUT" --seed "$SEED"
+  --model "$WARM" --out "$OUT" --seed "$SEED"
   --task countdown3               # 3 numbers up to 20, targets up to 100
   --steps 40
   --prompts_per_step 128 --samples_per_prompt 4
@@ -49,9 +50,9 @@ FLAGS=(
   --max_new_tokens 160            # room for about ten tries
   --max_tokens_per_microbatch 8000
   --lr 1e-3 --critic_lr 2e-3      # a tiny model takes large steps
-  --critic_warmup 1
   --no_gradient_checkpointing     # memory is not short here
   --eval_every 10 --eval_rows 512 # held-out problems, sampled at temperature 1
 )
+[[ " $* " == *" --advantage "* ]] || FLAGS+=(--critic_warmup 1) # the other advantages have no critic
 torchrun --standalone --nproc_per_node "$NPROC" ppo.py "${FLAGS[@]}" "$@"
-python tests/curve.py "$OUT"
+[ ! -e "$OUT/metrics.jsonl" ] || python report.py "$OUT" --png "$OUT" # none with --steps 0 or --plan

@@ -10,6 +10,7 @@ import errno
 import faulthandler
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -412,7 +413,7 @@ def line(row: dict, steps: int, seconds_per_step: float) -> str:
         f"step {row['step']:4d}/{steps} | reward {row['reward/mean']:.3f} correct {row['reward/correct']:.3f} | "
         f"len {row['rollout/length_mean']:.0f} trunc {row['rollout/truncated_frac']:.0%} | kl "
         f"{row.get('policy/approx_kl', 0):.4f} ent {row.get('policy/entropy', 0):.2f} clip {clip:.1%} "
-        f"gn {row.get('policy/grad_norm', 0):.2f} ev {row['critic/explained_var']:.2f} gap "
+        f"gn {row.get('policy/grad_norm', 0):.2f} ev {row.get('critic/explained_var', math.nan):.2f} gap "
         f"{row['mismatch/logp_abs_mean']:.0e} mfu {mfu:.0%} | {row['time/step']:.1f}s = {phases} | eta {minutes:.0f}m"
         + (f" | eval {row['eval/correct']:.3f}" if "eval/correct" in row else "")
     )

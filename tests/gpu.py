@@ -211,7 +211,6 @@ def whole_run(engine: str, needs: float, environment: dict, *more: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "run"
         flags = ["--engine", engine, "--steps", 3, "--dtype", "bf16", "--gpu_memory", 0.2, *more]
-        flags += [] if HAS["liger_kernel"] and COMPILER else ["--no-liger"]
         if child(title, [*TORCHRUN, "tests/toy.py", out, *flags], needs, environment):
             rows = [json.loads(line) for line in open(out / "metrics.jsonl")]
             check(f"{title}: missing steps", 3 - len(rows), 0)

@@ -14,6 +14,7 @@ import torch
 from gpu import ARGS, BF16, COMPILER, CUDA, HAS, attempt, check, clock, free, gb, has_liger_logprobs, kernels, liger
 from gpu import liger_logprobs, row, seconds, shaped, skip
 
+import costs
 import data
 import rollout
 import runs
@@ -47,11 +48,11 @@ def workload() -> list[kernels.Packed]:
 
 
 def forward_flops(model, micro: list[kernels.Packed]) -> float:
-    """Of the model, not of the machine, by kernels.forward_flops: 2 x parameters without embedding x tokens
+    """Of the model, not of the machine, by costs.forward_flops: 2 x parameters without embedding x tokens
     + 2 x hidden x vocabulary x response tokens (policy) + 2 x layers x width of q x sum of squared lengths (causal
     attention); a backward has twice as many. What checkpointing computes again does not count."""
     fed = [n for p in micro for n in p.cu_seqlens.diff().tolist()]
-    return kernels.forward_flops(model, fed, sum(len(p.targets) for p in micro))
+    return costs.forward_flops(model, fed, sum(len(p.targets) for p in micro))
 
 
 def trainee(size: str, critic: bool, accelerator, levers: dict, offload: bool = False):
@@ -90,7 +91,7 @@ def speed(size: str, critic: bool, accelerator, micro: list, changed: dict) -> N
             steps.append(clock() - began - passes[-1])
     finally:
         kernels.LIGER_LOGPROB = fused
-    work, peak = forward_flops(model, micro), kernels.roofline()[0]
+    work, peak = forward_flops(model, micro), costs.roofline()[0]
     scale, step_s = work / forward_flops(model, some), statistics.median(steps[1:])
     forward_s, update_s = forward_s * scale, statistics.median(passes[1:]) * scale + step_s
     cells = {"update MFU": 3 * work / update_s / peak, "forward MFU": work / forward_s / peak}

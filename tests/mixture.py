@@ -15,6 +15,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers  # noq
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM  # noqa: E402
 
 import data  # noqa: E402
+import rewards  # noqa: E402
 
 HOSTILE = ["while True: pass", "import os\nos.fork()", "x = [0] * 10**10", "print(open('/etc/passwd').read())"]
 PROGRAMS = [f"print(int(input()) + {d})" for d in range(4)] + HOSTILE
@@ -49,6 +50,7 @@ def make_model(path: str) -> None:
 if __name__ == "__main__":
     out, *flags = sys.argv[1:]
     data.TASKS["mixture"] = load
+    rewards.TEST_SECONDS = 0.3
     if "--model" not in flags:
         flags += ["--model", f"{out}.model"]
         make_model(f"{out}.model")
@@ -56,7 +58,7 @@ if __name__ == "__main__":
     ppo.train(ppo.parse_args([
         "--out", out, "--task", "mixture", "--engine", "torch", "--steps", "20", "--prompts_per_step", "128",
         "--max_prompt_tokens", "4", "--max_new_tokens", "6", "--entropy_coef", "0.01", "--ppo_epochs", "2",
-        "--minibatch_size", "64", "--max_tokens_per_microbatch", "512", "--test_seconds", "0.3",
+        "--minibatch_size", "64", "--max_tokens_per_microbatch", "512",
         "--lr", "3e-3", "--critic_lr", "3e-3", "--no-gradient_checkpointing", *flags,
     ]))
     # fmt: on

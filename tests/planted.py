@@ -25,7 +25,7 @@ class Bug(NamedTuple):
 
 
 MATH, ALIGNMENT, KERNELS = ("test_math.py",), ("test_alignment.py",), ("test_kernels.py",)
-EXACT = ("test_exact.py",)
+EXACT, CHOICES = ("test_exact.py",), ("test_choices.py",)
 DATA, REWARDS, TRAIN = ("test_data.py",), ("test_rewards.py",), ("test_train.py",)
 PACKING = ("test_plan_microbatches.py",)
 CRASH, GUARDS = ("test_crash.py",), ("test_guards.py",)
@@ -41,7 +41,7 @@ BUGS = [
         "ratio.clamp(1 - clip_high, 1 + clip_low)", MATH),
     Bug("value-minimum", "ppo.py", "torch.maximum(error, clipped_error)", "torch.minimum(error, clipped_error)", MATH),
     Bug("kl-sign", "ppo.py", "log_ratio = logprobs - ref_logprobs", "log_ratio = ref_logprobs - logprobs", MATH),
-    Bug("kl-controller", "ppo.py", "kl / target - 1", "1 - kl / target", MATH),
+    Bug("kl-controller", "ppo.py", "kl / args.kl_target - 1", "1 - kl / args.kl_target", CHOICES),
     Bug("gae-no-mask", "ppo.py", "chosen = mask[:, t]", "chosen = torch.ones_like(mask[:, t])", MATH),
     Bug("gae-value-of-padding", "ppo.py", "next_value = torch.where(chosen, values[:, t], next_value)",
         "next_value = values[:, t]", MATH),
@@ -55,15 +55,60 @@ BUGS = [
         "mask & ~torch.nn.functional.pad(mask, (1, 0))[:, :-1]", TRAIN),
     Bug("weights-never-handed-over", "ppo.py", "sampler.load(kernels.full_weights(policy, args.compute_dtype))",
         "list(kernels.full_weights(policy, args.compute_dtype))", TRAIN),
-    Bug("denominator-3x", "ppo.py", "scale = ranks.world /", "scale = 3 * ranks.world /", TRAIN),
-    Bug("no-times-world", "ppo.py", "scale = ranks.world /", "scale = 1 /", TRAIN),
-    Bug("critic-never-updated", "ppo.py", 'trained["critic"], critic_lr', 'trained["critic"], 0.0', TRAIN),
+    Bug("denominator-3x", "ppo.py", "(ranks.world * loss_weights(", "(3 * ranks.world * loss_weights(", TRAIN),
+    Bug("no-times-world", "ppo.py", "(ranks.world * loss_weights(", "(1 * loss_weights(", TRAIN),
+    Bug("critic-never-updated", "ppo.py", 'optimize("critic", args.critic_lr,', 'optimize("critic", 0.0,', TRAIN),
     Bug("old-logprobs-recomputed", "ppo.py", "old = logprobs.detach() if on_policy else old_logprobs.view(-1)[p.index]",
         "old = logprobs.detach()", TRAIN),
     Bug("resume-forgets-kl-coef", "ppo.py", 'state["kl_coef"] or args.kl_coef',
         "args.kl_coef", TRAIN),
     Bug("export-of-a-rounded-head", "kernels.py", "            module.reshard()", "            pass", TRAIN),
     Bug("nan-goes-through", "runs.py", "if x is not None and not torch.isfinite(x).all()", "if False", TRAIN),
+    # every choice, by hand
+    Bug("policy-weights-even", "ppo.py", "(loss * weights[p.index]).sum()", "(loss * even[p.index]).sum()", CHOICES),
+    Bug("critic-weighed-as-the-policy", "ppo.py",
+        "(loss * even[p.index]).sum()", "(loss * weights[p.index]).sum()", CHOICES),
+    Bug("critic-epochs-ignored", "ppo.py",
+        '"critic": args.critic_epochs or args.ppo_epochs', '"critic": args.ppo_epochs', CHOICES),
+    Bug("policy-in-the-critics-epochs", "ppo.py", " and epoch < epochs[k]", "", CHOICES),
+    Bug("critic-lambda-ignored", "ppo.py", "if args.critic_lam != args.lam:", "if False:", CHOICES),
+    Bug("length-lambda", "ppo.py", "(0.05 * mask.sum(1))", "(0.1 * mask.sum(1))", CHOICES),
+    Bug("length-lambda-below-zero", "ppo.py", "(0.05 * mask.sum(1)).clamp(min=1)", "(0.05 * mask.sum(1))", CHOICES),
+    Bug("tis-inverted", "ppo.py",
+        "old - engine_logprobs.view(-1)[p.index]", "engine_logprobs.view(-1)[p.index] - old", CHOICES),
+    Bug("tis-not-truncated", "ppo.py", ".clamp(max=args.tis_cap)", "", CHOICES),
+    Bug("tis-not-off", "ppo.py", "if args.tis_cap:", "if True:", CHOICES),
+    Bug("grpo-is-rloo", "ppo.py", 'scale = args.advantage == "grpo"', 'scale = args.advantage == "rloo"', CHOICES),
+    Bug("kl-rewarded", "ppo.py", "token_rewards - kl_coef * mask", "token_rewards + kl_coef * mask", CHOICES),
+    Bug("kl-controller-bound", "ppo.py",
+        "kl / args.kl_target - 1, -0.2), 0.2)", "kl / args.kl_target - 1, -0.2), 0.02)", CHOICES),
+    Bug("refill-off", "ppo.py", "if args.refill and not replay:", "if False:", CHOICES),
+    Bug("critic-of-nobody", "ppo.py", 'if args.advantage == "gae" else None', "if True else None", CHOICES),
+    Bug("reinforce-not-whitened", "ppo.py", "                advantages = whiten(advantages, mask)\n", "", CHOICES),
+    Bug("gamma-ignored", "ppo.py", "values, mask, args.gamma, lam)", "values, mask, 1.0, lam)", CHOICES),
+    Bug("entropy-sign", "ppo.py", "loss - args.entropy_coef * entropy", "loss + args.entropy_coef * entropy", CHOICES),
+    Bug("value-clip-ignored", "ppo.py",
+        "returns.view(-1)[p.index], args.value_clip", "returns.view(-1)[p.index], 0.0", CHOICES),
+    Bug("value-clip-counts-rounding", "ppo.py", " & ((values - old_values).abs() > clip)", "", CHOICES),
+    Bug("critic-lr", "ppo.py", 'optimize("critic", args.critic_lr', 'optimize("critic", args.lr', CHOICES),
+    Bug("warmup-off-by-one", "ppo.py", "step >= args.critic_warmup", "step > args.critic_warmup", CHOICES),
+    Bug("adam-betas", "ppo.py", '"betas": (0.9, 0.95)', '"betas": (0.9, 0.999)', CHOICES),
+    Bug("gradient-not-clipped", "ppo.py", '"fused": True}, 1.0', '"fused": True}, 100.0', CHOICES),
+    Bug("rloo-with-itself", "ppo.py", "centred * count / others)", "centred)", CHOICES),
+    Bug("group-counts-infra", "ppo.py", "mask.any(1).view(-1, n)", "torch.ones_like(mask.any(1)).view(-1, n)", CHOICES),
+    Bug("sequence-mean-counts-empty", "ppo.py",
+        '"sequence": lengths * responses', '"sequence": lengths * len(mask)', CHOICES),
+    Bug("constant-is-the-longest", "ppo.py",
+        '"constant": limit * responses', '"constant": lengths.max() * responses', CHOICES),
+    Bug("dual-clip-off", "ppo.py", "    if dual:\n", "    if False:\n", CHOICES),
+    Bug("quarters-of-the-row", "ppo.py",
+        "* 4 // mask.sum(1, keepdim=True).clamp(min=1)", "* 4 // mask.shape[1]", CHOICES),
+    Bug("infra-is-unlike", "rollout.py", ' if r["status"] != "infra"}) < 2', "}) < 2", CHOICES),
+    Bug("refill-keeps-the-first", "rollout.py",
+        "sorted(range(len(groups)), key=alike.__getitem__)", "sorted(range(len(groups)))", CHOICES),
+    Bug("records-shifted", "rollout.py", "x[b, end - len(ids) : end]", "x[b, end - len(ids) - 1 : end - 1]", CHOICES),
+    Bug("knob-without-a-test", "ppo.py",
+        "    tis_cap: float = 2.0", "    new_knob: int = 3\n    tis_cap: float = 2.0", CHOICES),
     # runs that end: checkpoints, guards, engines
     Bug("moments-forgotten", "kernels.py", "optimizer.state[p][moment] = x.to(p.device, copy=True)", "pass", TRAIN),
     Bug("later-rows-stay", "runs.py", 'row["step"] <= start', 'row["step"] < 10**9', TRAIN),
@@ -75,8 +120,7 @@ BUGS = [
     Bug("secrets-written", "runs.py", "SECRET_NAME.search(name.upper())", "False", GUARDS),
     Bug("guards-never-stop", "runs.py", "if streaks[name] >= limit:", "if False:", GUARDS),
     Bug("replay-steps-twice", "ppo.py", "updates > skip.get(k, 0)", "True", GUARDS),
-    Bug("new-engine-has-old-weights", "ppo.py",
-        "                sampler.load(kernels.full_weights(policy, args.compute_dtype) if policy else ())\n", "", GUARDS),
+    Bug("new-engine-has-old-weights", "rollout.py", "                self.sampler.load(weights)\n", "", GUARDS),
     Bug("pickles-are-read", "kernels.py", '"use_safetensors": True', '"use_safetensors": False', GUARDS),
     Bug("first-error-hidden", "runs.py", "        print(hide(text), file=sys.stderr, flush=True)\n        if self.store:",
         "        if self.store:", GUARDS),
@@ -106,7 +150,8 @@ BUGS = [
     Bug("target-in-two-pieces", "kernels.py", "(a * inside)[:, None]", "a[:, None]", KERNELS),
     Bug("spare-slots-trained", "kernels.py", "((place >= 0) & mask.flatten()[place.clamp(min=0)])",
         "((place < 0) | mask.flatten()[place.clamp(min=0)])", KERNELS),
-    Bug("all-to-all-backward", "kernels.py", "apply(grad, group, b, a)", "apply(grad, group, a, b)", KERNELS),
+    Bug("all-to-all-one-way", "kernels.py", "return all_to_all(out, sp_group, 0, 1)[None], None", "return out[None], None",
+        KERNELS),
     Bug("kv-heads-tiled", "kernels.py", "repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))\n    q,",
         "repeat(1, q.shape[1] // k.shape[1], 1) for x in (k, v))\n    q,", KERNELS),
     Bug("head-untied", "kernels.py", "model.lm_head.__class__ = LogprobHead",
@@ -118,10 +163,10 @@ BUGS = [
     Bug("replicas-ignored", "kernels.py", "world // replicas) if replicas > 1", "world // replicas) if False", EXACT),
     Bug("layers-of-the-first-model", "kernels.py", "    plugin.transformer_cls_names_to_wrap = None", "    pass", EXACT),
     Bug("liger-without-swiglu", "kernels.py", "swiglu=True", "swiglu=False", EXACT),
-    Bug("head-counted-on-prompts", "kernels.py", "c.vocab_size * c.hidden_size * responses", "c.vocab_size * c.hidden_size * sum(fed)",
+    Bug("head-counted-on-prompts", "costs.py", "c.vocab_size * c.hidden_size * responses", "c.vocab_size * c.hidden_size * sum(fed)",
         KERNELS),
     Bug("peaks-add-up", "runs.py", 'Path("/proc/self/clear_refs").write_text("5")', "pass", KERNELS),
-    Bug("offload-not-planned", "memory.py", "0 if m in offload and bf16 else 1 / n", "1 / n", ("test_plan.py",)),
+    Bug("offload-not-planned", "costs.py", "0 if m in offload and bf16 else 1 / n", "1 / n", ("test_plan.py",)),
     Bug("a-main-rank-on-every-node", "ppo.py", 'os.environ.get("RANK", 0)) == 0', 'os.environ.get("LOCAL_RANK", 0)) == 0',
         ("test_nodes.py",)),
     Bug("held-out-leak", "data.py", "repr(sorted(numbers))", "repr(numbers)", DATA),
@@ -158,14 +203,14 @@ BUGS = [
     Bug("pass-at-k-biased", "rewards.py", "1 - comb(size - c, m) / comb(size, m)", "1 - (1 - c / size) ** m", REWARDS),
     Bug("majority-of-answers-alone", "rewards.py", "(c >= max(w, default=0) and c > 0)", "(c > 0)", REWARDS),
     Bug("stop-text-ignored", "rollout.py", "stop=self.stop, include", "include", ("test_engine.py",)),
-    Bug("adam-not-planned", "memory.py", 'f"{name} Adam states": 8 *', 'f"{name} Adam states": 0 *', ("test_plan.py",)),
+    Bug("adam-not-planned", "costs.py", 'f"{name} Adam states": 8 *', 'f"{name} Adam states": 0 *', ("test_plan.py",)),
     # rewards
     Bug("eval", "rewards.py", 'tree = ast.parse(" ".join(expression.split()), mode="eval").body',
         "return Fraction(eval(expression)), sorted(map(int, __import__('re').findall('[0-9]+', expression)))", REWARDS),
     Bug("no-length-limit", "rewards.py", "MAX_EXPRESSION = 200", "MAX_EXPRESSION = 200_000", REWARDS),
     Bug("digits-joined", "rewards.py", '" ".join(expression.split())', '"".join(expression.split())', REWARDS),
     Bug("newline-refused", "rewards.py", '" ".join(expression.split())', "expression", REWARDS),
-    Bug("floats", "rewards.py", "lambda a, b: a / b,", "lambda a, b: float(a) / float(b),", REWARDS),
+    Bug("floats", "rewards.py", "ast.Div: truediv", "ast.Div: lambda a, b: float(a) / float(b)", REWARDS),
     Bug("numbers-as-set", "rewards.py", "sorted(result[1]) == numbers", "set(result[1]) == set(numbers)", REWARDS),
     Bug("first-answer", "rewards.py", 'start = text.rfind("<answer>", 0, max(end, 0))',
         'start = text.find("<answer>", 0, max(end, 0))', REWARDS),
@@ -200,10 +245,14 @@ BUGS = [
 ]  # fmt: skip
 
 
-def plant(bug: Bug, folder: Path) -> None:
+def copy(folder: Path) -> None:
     for path in ROOT.glob("*.py"):
         shutil.copy(path, folder)
     shutil.copytree(ROOT / "tests", folder / "tests", ignore=shutil.ignore_patterns("__pycache__"))
+
+
+def plant(bug: Bug, folder: Path) -> None:
+    copy(folder)
     text = (folder / bug.file).read_text()
     if text.count(bug.old) != 1:
         raise SystemExit(f"{bug.name}: {bug.old!r} stands {text.count(bug.old)} times in {bug.file}, not once")

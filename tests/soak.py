@@ -18,7 +18,7 @@ from bench_rewards import answers, programs  # noqa: E402
 
 import rewards  # noqa: E402
 
-BATCH, RULES = 500, rewards.Rules(test_seconds=0.3)
+BATCH = 500
 
 
 def state() -> dict[str, int]:
@@ -65,6 +65,7 @@ def killer(stop: threading.Event, kills: list[int]) -> None:
 
 
 def main(samples: int) -> int:
+    rewards.TEST_SECONDS = 0.3
     stop, kills, wrong, infra, begun = threading.Event(), [], [], 0, time.monotonic()
     with attacks.Field() as field:
         truth = {}  # of math answers: the verdict of an undisturbed first pass
@@ -77,7 +78,7 @@ def main(samples: int) -> int:
         threading.Thread(target=killer, args=(stop, kills), daemon=True).start()
         for number in range(samples // BATCH):
             texts, rows, rights = batch(number, field)
-            for text, row, right, result in zip(texts, rows, rights, rewards.score(texts, rows, rules=RULES)):
+            for text, row, right, result in zip(texts, rows, rights, rewards.score(texts, rows)):
                 expected = truth[text, row["answer"]] if right is None else right
                 infra += result["status"] == "infra"
                 if result["status"] != "infra" and result["correct"] != expected:

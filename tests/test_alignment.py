@@ -189,7 +189,7 @@ def test_any_budget_and_any_order_give_the_same_gradient(tiny, policy, critic):
         for p in micro:
             logprobs, entropy = kernels.policy_forward(policy, p, TEMPERATURE)
             at = (x.view(-1)[p.index] for x in (old, advantages))
-            loss = ppo.policy_loss(logprobs, *at, 0.2, 0.2)[0] - 0.01 * entropy
+            loss = ppo.policy_loss(logprobs, *at, (0.2, 0.2))[0] - 0.01 * entropy
             (loss.sum() / batch.mask.sum()).backward()
             values = kernels.critic_forward(critic, p)
             loss, _ = ppo.value_loss(values, torch.zeros_like(values), returns.view(-1)[p.index], 0.0)

@@ -18,16 +18,16 @@ def run(*command: str, cwd: Path = ROOT) -> subprocess.CompletedProcess:
 
 
 def test_flags_are_flat_and_typed(tiny):
-    args = ppo.parse_args(["--model", tiny, "--clip_high", "0.28", "--no_liger", "--samples_per_prompt", "4"])
-    assert (args.clip_high, args.liger, args.batch_size, args.minibatch) == (0.28, False, 1024, 1024)
+    args = ppo.parse_args(["--model", tiny, "--clip", "0.2", "0.28", "--no_gradient_checkpointing", "--samples_per_prompt", "4"])
+    assert (args.clip, args.gradient_checkpointing, args.batch_size, args.minibatch) == ((0.2, 0.28), False, 1024, 1024)
 
 
 def test_an_unknown_flag_names_the_nearest(capsys):
     with pytest.raises(SystemExit) as stopped:
-        ppo.parse_args(["--clip_hihg", "0.3"])
+        ppo.parse_args(["--value_clpi", "0.3"])
     assert stopped.value.code != 0
     said = capsys.readouterr()
-    assert "--clip_high" in said.out + said.err
+    assert "--value_clip" in said.out + said.err
 
 
 @pytest.mark.parametrize(
@@ -38,7 +38,7 @@ def test_an_unknown_flag_names_the_nearest(capsys):
         ({"prompts_per_step": 6}, 4, ["prompts_per_step=6", "4 ranks", "use 8"]),
         ({"prompts_per_step": 2}, 4, ["prompts_per_step=2", "use 4"]),
         ({"minibatch_size": 48}, 1, ["minibatch_size=48", "= 64", "try 16"]),
-        ({"minibatch_size": -1}, 1, ["minibatch=-1", "above 0"]),
+        ({"minibatch_size": -1}, 1, ["minibatch=-1", "1 or above"]),
         ({"temperature": 0.0}, 1, ["temperature=0.0", "above 0"]),
         ({"tp": 2}, 1, ["tp=2", "1 ranks"]),
         ({"tp": 3}, 3, ["prompts_per_step=64", "3 ranks"]),
@@ -56,7 +56,7 @@ def test_an_unknown_flag_names_the_nearest(capsys):
         ({"eval_temperature": 0.0, "eval_samples": 4}, 1, ["eval_samples"]),
         ({"seed": 10**7}, 1, ["seed=10000000"]),
         ({"kl_target": 0.1}, 1, ["kl_coef above 0"]),
-        ({"eval_rows": 0}, 1, ["eval_rows=0", "above 0"]),
+        ({"eval_rows": 0}, 1, ["eval_rows=0", "1 or above"]),
         ({"out": str(ROOT / "tests")}, 1, ["exists", "--resume auto"]),
         ({"out": str(ROOT / "tests"), "resume": "auto"}, 1, ["no run folder"]),
         ({"keep_best": "eval/correct"}, 1, ["keep_best='eval/correct'", "--eval_every 0"]),
@@ -106,6 +106,12 @@ def test_the_memory_plan_loads_nothing(tiny, tmp_path, gb, verdict):
     assert "reference weights" in said.stdout
 
 
+def test_a_wrong_memory_plan_says_what_is_expected():
+    """Guards --plan, which tyro does not read."""
+    said = run("ppo.py", "--plan", "4", "--model", "x")
+    assert said.returncode == 1 and "as in --plan 4 80" in said.stderr and "Traceback" not in said.stderr
+
+
 def test_evaluation_alone(tiny, tmp_path):
     """Guards --steps 0 with --eval_every: of a checkpoint, it says what the run itself said of it, and keeps every answer."""
     flags = ["--task", "countdown3", "--engine", "torch", "--max_prompt_tokens", "64", "--max_new_tokens", "8", "--lr", "1e-2",
@@ -139,7 +145,7 @@ def test_checkpoints_are_ordinary_folders(tiny, tmp_path):
     AutoTokenizer.from_pretrained(folder / "policy")
     assert json.loads((tmp_path / "run" / "config.json").read_text())["kl_coef"] == 0.1
     kept = {path.name for path in (tmp_path / "run").iterdir()}
-    assert {f"{name}.py" for name in "ppo data rewards rollout kernels runs sandbox equality memory".split()} <= kept
+    assert {f"{name}.py" for name in "ppo data rewards rollout kernels runs sandbox equality costs".split()} <= kept
 
 
 @pytest.mark.parametrize("file", ["data.py", "rewards.py", "equality.py"])

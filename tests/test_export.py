@@ -42,10 +42,10 @@ def main(*jobs: str) -> None:
     for flags in map(json.loads, jobs):
         args = ppo.parse_args(flags)
 
-        def recorded(step, rows, texts, samples, scored, out=args.out):
+        def recorded(step, rows, texts, samples, scored, *more, out=args.out, **numbers):
             with open(f"{out}.ids.jsonl", "a") as file:
                 file.write(json.dumps([[row["ids"], s.ids] for row, s in zip(rows, samples)]) + "\n")
-            return records(step, rows, texts, samples, scored)
+            return records(step, rows, texts, samples, scored, *more, **numbers)
 
         rollout.records = recorded if ppo.runs.RANK == 0 else records
         ppo.train(args)

@@ -369,7 +369,7 @@ def test_an_engine_that_fails_once(ended, name):
 def test_an_engine_that_fails_twice(ended, name):
     """Guards the work done when there is no third try: the last step is saved, and can be gone on from."""
     job = ended[name]
-    error = "RuntimeError: an engine failed twice on the same prompts; step 1 is saved. "
+    error = "RuntimeError: an engine failed twice on the same prompts; what was trained is saved. "
     error += f"rank {int('two' in name)}: ValueError"
     assert job.code != 0 and error in job.text
     if name == "two-engine-twice":

@@ -18,6 +18,7 @@ from transformers import (
 )
 
 import data
+import costs
 import kernels
 import ppo  # noqa: F401  the guard for the name `kernels`, in the processes of the last test too
 import runs
@@ -232,7 +233,7 @@ def test_flops_are_those_of_torchs_counter(critic):
         for n, k in zip(fed, responses):
             model(torch.arange(n)[None], **({} if critic else {"logits_to_keep": k}))
     above = 2 * layers * width * sum(n * n for n in fed)
-    found = kernels.forward_flops(model, fed, sum(responses))
+    found = costs.forward_flops(model, fed, sum(responses))
     assert found == pytest.approx(counter.get_total_flops() - above, rel=0.02)  # norms, biases, one number a token
 
 

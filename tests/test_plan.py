@@ -19,7 +19,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM  # noqa: E402
 
 import data  # noqa: E402
 import kernels  # noqa: E402
-import memory  # noqa: E402
+import costs  # noqa: E402
 import rewards  # noqa: E402
 import runs  # noqa: E402
 import toy  # noqa: E402
@@ -39,7 +39,7 @@ CARD = dict(
 
 
 def plan(model=SMALL, critic=None, reference=None, **flags) -> tuple[dict[str, float], str]:
-    return memory.memory_plan(model, critic or model, reference, **CARD | flags)
+    return costs.memory_plan(model, critic or model, reference, **CARD | flags)
 
 
 # ------------------------------------------------------------------------------------------------------------- by hand
@@ -48,9 +48,9 @@ def plan(model=SMALL, critic=None, reference=None, **flags) -> tuple[dict[str, f
 @pytest.mark.parametrize("config, published", [(HALF, 494_032_768), (SMALL, 1_777_088_000), (LARGE, 3_085_938_688)])
 def test_parameters_are_the_published_numbers(config, published):
     """Guards a tied head counted twice (the first and the third), an untied one once, and a critic with a head."""
-    assert memory.model_shape(config, critic=False).params == published
+    assert costs.model_shape(config, critic=False).params == published
     without_head = published - (0 if config.tie_word_embeddings else 151_936 * 1536)
-    assert memory.model_shape(config, critic=True).params == without_head + config.hidden_size + 1
+    assert costs.model_shape(config, critic=True).params == without_head + config.hidden_size + 1
 
 
 def test_numbers_by_hand():
@@ -64,7 +64,7 @@ def test_numbers_by_hand():
         "critic Adam states": 8 * critic / 4,
         "reference weights": 4 * 494_032_768 / 4,
         "policy activations": 2 * 18_000 * (28 + 3) * 1536,  # bf16, a checkpoint a layer, the norm and the head
-        "(B, T) tensors": 42 * 256 * 17_384,
+        "(B, T) tensors": 51 * 256 * 17_384,
         "log-probs, head gradient": 3 * (128 << 20) + (2 + 4) * 18_000 * 1536 + 2 * 151_936 * 1536,
         "engine weights": 2 * policy,
         "KV cache": 0.6 * 80 * gb - 2 * policy - 16_384 * 3 * 2 * (8960 + 1536),
@@ -179,7 +179,7 @@ def test_following_the_advice_helps(model, flags, expected):
                 assert fits(what, reference=None)
             else:  # the nearest real one below: fewer layers of the same kind
                 layers = range(1, 36)
-                sizes = {n: memory.model_shape(qwen(2048, n, 16, 11008, True), True).params for n in layers}
+                sizes = {n: costs.model_shape(qwen(2048, n, 16, 11008, True), True).params for n in layers}
                 critic = qwen(2048, max(n for n in layers if sizes[n] <= int(number)), 16, 11008, True)
                 assert "critic_model" in way and fits(what, critic=critic)
 

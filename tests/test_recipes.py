@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ["--engine", "torch", "--steps", "1", "--prompts_per_step", "4", "--max_new_tokens", "8",
         "--max_prompt_tokens", "500", "--max_tokens_per_microbatch", "1000", "--eval_every", "1", "--eval_rows", "2",
-        "--test_seconds", "1", "--no-gradient_checkpointing"]  # fmt: skip
+        "--no-gradient_checkpointing"]  # fmt: skip
 CODE = [{"question": f"Add {n}.", "inputs": ["1\n"], "outputs": [f"{1 + n}\n"], "fn_name": None} for n in range(12)]
 GSM8K = [{"question": f"What is {n} + 1?", "answer": f"{n}+1=<<{n}+1={n + 1}>>{n + 1}\n#### {n + 1}"} for n in range(9)]
 MATH = [{"problem": f"Half of {n}?", "solution": rf"So $\boxed{{\frac{{{n}}}{{2}}}}$.", "level": "Level 1"}
@@ -40,7 +40,8 @@ def datasets(folder: Path) -> dict[str, list[str]]:
     }
 
 
-RUNS = """import sys, json; sys.path.insert(0, sys.argv[1]); import ppo
+RUNS = """import sys, json; sys.path.insert(0, sys.argv[1]); import ppo, rewards
+rewards.TEST_SECONDS = 1.0
 for name, flags in json.load(sys.stdin).items():
     ppo.train(ppo.parse_args(flags))
     print("that was", name, "-" * 9)
@@ -89,7 +90,7 @@ def test_every_dataset_goes_through_a_step(runs, tiny, name, kept, dropped):
 
 SMALL = ["--steps", "2", "--prompts_per_step", "8", "--minibatch_size", "4", "--max_new_tokens", "8",
          "--max_prompt_tokens", "500", "--max_tokens_per_microbatch", "1000", "--eval_every", "2", "--eval_rows", "2",
-         "--test_seconds", "1", "--no-gradient_checkpointing"]  # fmt: skip
+         "--no-gradient_checkpointing"]  # fmt: skip
 
 
 @pytest.mark.parametrize("recipe, ranks, engine", [

@@ -18,7 +18,11 @@ import rewards
 
 ROOT = Path(__file__).resolve().parent.parent
 ORDINARY = 23456  # the id of no user in particular
-FAST = rewards.Rules(test_seconds=0.4)
+
+
+@pytest.fixture
+def fast(monkeypatch):
+    monkeypatch.setattr(rewards, "TEST_SECONDS", 0.4)
 
 
 def fenced(source: str) -> str:
@@ -52,9 +56,9 @@ def test_too_few_walls_are_refused(monkeypatch):
     ("while True: pass", "timeout"), ("import time\ntime.sleep(99)", "timeout"), ("x = [0] * 10**10", "memory"),
     ("while True: print('x' * 999)", "output"), ("print(1)\nraise SystemExit(3)", "crash"), ("(", "crash"), ("", "no_answer"),
 ])  # fmt: skip
-def test_status_says_why(source, status):
+def test_status_says_why(fast, source, status):
     """Guards statuses that hide what happened."""
-    (result,) = rewards.score([fenced(source)], [task([("", "1")])], rules=FAST)
+    (result,) = rewards.score([fenced(source)], [task([("", "1")])])
     assert result == {"reward": float(status == "ok"), "correct": float(status == "ok"), "status": status}
 
 
@@ -149,20 +153,20 @@ def test_any_order_any_workers_any_thread():
     assert found == [expected] * 3
 
 
-def test_hanging_programs_do_not_hold_up_the_others():
+def test_hanging_programs_do_not_hold_up_the_others(fast):
     """Guards limits that count the queue, and a batch that waits for its slowest sample in every place."""
     texts = [fenced("print(input())")] * 60
     for i in range(0, 60, 10):
         texts[i] = fenced("while True: pass" if i % 20 else "import time\ntime.sleep(99)")
     begun, ends = time.monotonic(), {}
-    futures = rewards.submit(texts, [task([("1", "1")])] * 60, workers=2, rules=FAST)
+    futures = rewards.submit(texts, [task([("1", "1")])] * 60, workers=2)
     for i, future in enumerate(futures):
         future.add_done_callback(lambda _, i=i: ends.setdefault(i, time.monotonic() - begun))
     statuses = [future.result()["status"] for future in futures]
     assert statuses == ["ok" if i % 10 else "timeout" for i in range(60)]
     others = max(ends[i] for i in range(60) if i % 10)
     assert others < min(ends[i] for i in range(0, 60, 10)), "the quick ones come first"
-    assert max(ends.values()) < others + 3 * (2 * FAST.test_seconds + 1 + 2)  # six on two workers: three waves
+    assert max(ends.values()) < others + 3 * (2 * rewards.TEST_SECONDS + 1 + 2)  # six on two workers: three waves
 
 
 def test_killed_processes_change_no_result():
@@ -207,7 +211,7 @@ def test_nothing_stays_behind(tmp_path):
         assert [pid for pid in below if Path(f"/proc/{pid}").exists()] == [], (source, ending)
 
 
-def test_honest_programs_among_attacks():
+def test_honest_programs_among_attacks(fast):
     """Guards programs refused for their style, attacks that score, and attacks that disturb the sample after them."""
     assert len(attacks.sources()) + len(attacks.CALLS) >= 240 and len(honest()) >= 190
     with attacks.Field() as field:
@@ -218,7 +222,7 @@ def test_honest_programs_among_attacks():
         random.Random(0).shuffle(cases)
         rewards.start({"code"})
         idle = len(attacks.descendants(os.getpid()))
-        results = rewards.score([case[1] for case in cases], [case[2] for case in cases], rules=FAST)
+        results = rewards.score([case[1] for case in cases], [case[2] for case in cases])
         assert [(c[0], r) for c, r in zip(cases, results) if r["correct"] != c[3]] == []
         assert {r["status"] for r in results} == {"ok", "wrong", "timeout", "memory", "crash", "output"}
         assert field.leftovers() == [] and len(attacks.descendants(os.getpid())) <= idle + rewards.default_workers() * 2

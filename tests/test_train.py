@@ -113,7 +113,7 @@ def test_first_step_by_hand(tmp_path, toy_model):
     """Guards what Adam hides (a wrong denominator or scale) and what lambda = 1 hides (the score on a wrong token)."""
     one = ["--steps", 1, "--prompts_per_step", 8, "--ppo_epochs", 1, "--minibatch_size", 8]
     one += ["--max_tokens_per_microbatch", 24]
-    finish(start(TOY, tmp_path / "run", "--model", toy_model, *one, "--gamma", 0.9, "--lam", 0.8))
+    finish(start(TOY, tmp_path / "run", "--model", toy_model, *one, "--gamma", 0.9, "--lam", 0.8, "--critic_lam", 0.8))
     row = metrics(tmp_path / "run")[0]
     loss, norm, critic_loss, critic_norm = by_hand(toy_model, 0.9, 0.8, 0.7, 0.01)
     assert row["policy/loss"] == pytest.approx(loss, abs=1e-5)
@@ -168,7 +168,8 @@ def test_ranks_and_budgets_do_not_matter(tmp_path, toy_model):
 
 def test_a_gradient_that_is_not_finite_stops_the_run(tmp_path, toy_model):
     """Guards the weights: nothing is stepped or saved, and the batch is kept for a look."""
-    nan = Bug("nan", "ppo.py", "gae(token_rewards, old_values,", "gae(token_rewards * float('nan'), old_values,", ())
+    nan = Bug("nan", "ppo.py", "gae(token_rewards, values, mask, args.gamma, lam)",
+              "gae(token_rewards * float('nan'), values, mask, args.gamma, lam)", ())
     plant(nan, tmp_path)
     run = start([tmp_path / TOY[0]], tmp_path / "run", "--model", toy_model, "--steps", 2)
     said, _ = run.communicate(timeout=100)
@@ -222,7 +223,7 @@ def test_resume_is_exact(tmp_path, tiny):
     """Guards checkpoints (both models, both optimizers, KL coefficient, schedule) and determinism: a run killed after
     step 3 and resumed from step 2 has, to the last bit, the metrics of one that was left alone."""
     flags = [*COUNTDOWN, "--model", tiny, "--steps", 5, "--save_every", 2, "--minibatch_size", 8, "--lr", 1e-3,
-             "--warmup", 6, "--critic_lr", 1e-3, "--kl_coef", 0.1, "--kl_target", 0.01,
+             "--critic_lr", 1e-3, "--kl_coef", 0.1, "--kl_target", 0.01,
              "--entropy_coef", 0.1, "--eval_every", 5, "--eval_rows", 8]  # fmt: skip
     whole = start(flags, "--out", tmp_path / "whole")
     killed = start(flags, "--out", tmp_path / "killed")

@@ -29,10 +29,13 @@ import torch
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, trainers
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-sys.modules["kernels"] = None  # our kernels.py has the name of a package that transformers looks for: see ppo.py
+# our kernels.py has the name of a package that transformers looks for: see ppo.py, which may have been imported before
+ours, sys.modules["kernels"] = sys.modules.get("kernels"), None
 import transformers.integrations.hub_kernels  # noqa: F401, E402
 
 del sys.modules["kernels"]
+if ours:
+    sys.modules["kernels"] = ours
 from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer  # noqa: E402
 
 import data  # noqa: E402

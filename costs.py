@@ -1,18 +1,18 @@
-"""Will it fit? What each GPU will hold and when, from configurations and flags alone. On CPU a test measures it.
+"""What a step costs. Before it: will it fit in memory? After it: how much of the machine did it use?
 
-    python ppo.py --plan 4 80 ...   # starts this program, with all flags as JSON on stdin
-
-Owns: the arithmetic of memory (sizes of models, what is alive at which moment, what to change when it does not fit).
+Owns: the arithmetic of memory (sizes of models, what is alive at which moment, what to change when it does not fit),
+from configurations and flags alone; FLOPs, and the share of the roofline that they reached (MFU).
 Refuses to know: how any of it is done. When kernels.py or rollout.py keeps another tensor, its bytes change here.
-Imported by nobody, imports nothing local: it needs neither a GPU nor weights.
 """
-import json
 import os
 import sys
+import time
 from bisect import bisect_left
 from collections import namedtuple
+from functools import cache
 
 import torch
+from torch import nn
 
 # sizes of a model in elements: all parameters (a tied head once), those of one layer; kv: of k alone; head: of one head
 Shape = namedtuple("Shape", "params layer layers hidden q kv mlp vocab head")
@@ -35,7 +35,7 @@ def model_shape(config, critic: bool) -> Shape | None:
 
 
 def memory_items(
-    policy: Shape, critic: Shape, reference: Shape | None, *, ranks: int, card_gb: float, bf16: bool,
+    policy: Shape, critic: Shape | None, reference: Shape | None, *, ranks: int, card_gb: float, bf16: bool,
     gradient_checkpointing: bool, max_tokens_per_microbatch: int, sequences: int, longest: int, tp: int,
     gpu_memory: float, max_seqs: int, engine: str, sharded: bool, replicas: int = 1, offload: tuple = (), **_,
 ) -> tuple[dict[str, dict[str, float]], float]:
@@ -44,7 +44,8 @@ def memory_items(
     c, n = 2 if bf16 else 4, ranks // replicas if sharded else 1  # bytes of a number in compute; parts of a model
     here = {m: 0 if m in offload and bf16 else 1 / n for m in ("policy", "critic", "reference")}  # the part on a card
     tokens = min(max_tokens_per_microbatch, -(-sequences // ranks) * longest)
-    trained, embedding = {"policy": policy, "critic": critic}, policy.vocab * policy.hidden
+    trained = {"policy": policy} | ({"critic": critic} if critic else {})
+    embedding = policy.vocab * policy.hidden
 
     key_value = 2 * c * policy.layers * max(policy.kv // tp, policy.head)  # bytes a token
     batch = min(max_seqs, -(-sequences // (ranks // tp)))
@@ -59,9 +60,10 @@ def memory_items(
         served |= {"KV cache": max(0.0, gpu_memory * card_gb * 2**30 - sum(served.values()))}
 
     # Held by the trainer at every moment. (B, T): ids 8 bytes, mask and last 1 each, 4 each for engine's and old
-    # log-probs, values, rewards, advantages, returns; with a reference its log-probs and the penalty. Overhead is
-    # assumed, not measured: CUDA context 0.5 GB, NCCL 0.5, workspaces and the engine's CUDA graphs 1.
-    always = {"overhead": (2 << 30) * bf16, "(B, T) tensors": sequences * longest * (42 if reference else 34)}
+    # log-probs, values, rewards, advantages, returns, two weights of the loss, 1 for the minibatch; with a reference
+    # its log-probs and the penalty. Overhead is assumed, not measured: CUDA context 0.5 GB, NCCL 0.5, workspaces and
+    # the engine's CUDA graphs 1.
+    always = {"overhead": (2 << 30) * bf16, "(B, T) tensors": sequences * longest * (51 if reference else 43)}
     for name, s in trained.items():  # fp32, as are the gradients: 4 bytes, and AdamW has two states
         always |= {f"{name} weights": 4 * s.params * here[name], f"{name} Adam states": 8 * s.params * here[name]}
     always |= {"reference weights": 4 * reference.params * here["reference"]} if reference else {}
@@ -102,12 +104,12 @@ def memory_items(
 
 
 def memory_plan(policy, critic, reference, **flags) -> tuple[dict[str, float], str]:
-    """From Hugging Face configurations alone (reference may be None) and flags as in memory_items: GB (2**30) a rank of
-    every item, with the totals "while sampling", "while updating" and, on CPU, "while saving"; and a table with a
-    verdict, for people."""
-    given = {"policy": model_shape(policy, False), "critic": model_shape(critic, True)} | flags
-    given["reference"] = model_shape(reference, False) if reference else None
-    if not (given["policy"] and given["critic"]):
+    """From Hugging Face configurations alone (critic and reference may be None) and flags as in memory_items: GB
+    (2**30) a rank of every item, with the totals "while sampling", "while updating" and, on CPU, "while saving"; and a
+    table with a verdict, for people."""
+    models = {"policy": policy, "critic": critic, "reference": reference}
+    given = {name: config and model_shape(config, name == "critic") for name, config in models.items()} | flags
+    if any(config and not given[name] for name, config in models.items()):
         return {}, f"no memory plan for {policy.model_type}: it knows dense models that are made as Llama is"
     card, ranks, tp, longest = (flags[name] for name in ("card_gb", "ranks", "tp", "longest"))
 
@@ -123,7 +125,8 @@ def memory_plan(policy, critic, reference, **flags) -> tuple[dict[str, float], s
         """Each flag that brings this total down to the card on its own, with the mildest value that does."""
         prompts = flags.get("prompts_per_step", flags["sequences"])
         models = ["critic", "critic policy", "critic policy reference"] if flags["bf16"] else []
-        size, shares = given["critic"].params, [g / 100 for g in range(round(100 * flags["gpu_memory"]), 0, -1)]
+        critic = given["critic"]
+        shares = [g / 100 for g in range(round(100 * flags["gpu_memory"]), 0, -1)]
         shares = [g for g in shares if flags["bf16"] and memory_items(**given | {"gpu_memory": g})[1] >= longest]
         budgets = range(flags["max_tokens_per_microbatch"], longest - 1, -1)
         ways = {  # values from mild to strong
@@ -134,7 +137,7 @@ def memory_plan(policy, critic, reference, **flags) -> tuple[dict[str, float], s
             "at least {} GPUs": ("ranks", [n for n in range(ranks + 1, 513) if n % tp == prompts % n == 0]),
             "--kl_coef 0": ("reference", [None]),
             "a --critic_model of at most {.params:,} parameters": (
-                "critic", [given["critic"]._replace(params=size * k // 20) for k in range(19, 0, -1)]
+                "critic", [critic._replace(params=critic.params * k // 20) for k in range(19, 0, -1)] if critic else []
             ),
         }  # fmt: skip
         enough = []
@@ -154,7 +157,7 @@ def memory_plan(policy, critic, reference, **flags) -> tuple[dict[str, float], s
     text += f"\nKV cache: {kv_tokens:,.0f} tokens, {kv_tokens / longest:.1f} sequences of {longest}; {want} want to run"
     text += "\n" + ", ".join(f"while {what} {gb:.1f} GB" for what, gb in totals.items())
     if flags["bf16"]:
-        copy = 12 * (given["policy"].params + given["critic"].params) / ranks / 2**30
+        copy = 12 * sum(given[name].params for name in ("policy", "critic") if given[name]) / ranks / 2**30
         text += f"; a checkpoint on its way to the disk: {copy:.1f} GB of the machine's memory"
     wrong = [f"{gb:.1f} GB while {what}: {remedies(what)}" for what, gb in totals.items() if gb > card]
     if kv_tokens < longest:
@@ -164,16 +167,72 @@ def memory_plan(policy, critic, reference, **flags) -> tuple[dict[str, float], s
     return items | {f"while {what}": gb for what, gb in totals.items()}, text
 
 
-if __name__ == "__main__":
+def planned(words: list[str]) -> tuple[int, float, list[str]]:
+    """GPUs and GB of each, from the --plan of a command line, and the rest of that."""
+    at = words.index("--plan")
+    try:
+        return int(words[at + 1]), float(words[at + 2]), words[:at] + words[at + 3 :]
+    except (IndexError, ValueError):
+        sys.exit(f"{' '.join(words[at : at + 3])}: give GPUs and GB of each, as in --plan 4 80")
+
+
+def plan(flags: dict, ranks: int, gb: float | None, cuda: bool) -> str:
+    """memory_plan in words, of a run with the `flags` of ppo.py. gb of a card; None: of this machine."""
     from transformers import AutoConfig
 
-    given = json.load(sys.stdin)
+    if not gb and torch.cuda.is_available():
+        gb = torch.cuda.get_device_properties(0).total_memory / 2**30
+    given = flags | {"ranks": ranks, "bf16": cuda, "max_seqs": 256, "sharded": cuda or "RANK" in os.environ}
+    given["card_gb"] = gb or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30 / ranks
     given["sequences"] = given["prompts_per_step"] * given["samples_per_prompt"]
     given["longest"] = given["max_prompt_tokens"] + given["max_new_tokens"]
-    if not given["card_gb"] and torch.cuda.is_available():
-        given["card_gb"] = torch.cuda.get_device_properties(0).total_memory / 2**30
-    elif not given["card_gb"]:
-        given["card_gb"] = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30 / given["ranks"]
-    start = {name: AutoConfig.from_pretrained(given.pop(name) or given["model"]) for name in ("critic_model", "model")}
-    reference = start["model"] if given["kl_coef"] else None
-    print(memory_plan(start["model"], start["critic_model"], reference, **given)[1])
+    paths = {"policy": given["model"], "critic": given.pop("critic_model") or given.pop("model")}
+    paths = {name: path for name, path in paths.items() if name == "policy" or flags["advantage"] == "gae"}
+    start = {name: AutoConfig.from_pretrained(path, trust_remote_code=False) for name, path in paths.items()}
+    return memory_plan(start["policy"], start.get("critic"), start["policy"] if flags["kl_coef"] else None, **given)[1]
+
+
+# --------------------------------------------------------------------------------------------------------- FLOPs, MFU
+
+# dense bf16 FLOP/s of data sheets, by how a card's name begins; the first that fits
+PEAKS = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12}
+
+
+@cache
+def roofline() -> tuple[float, str]:
+    """What one rank could do at most, in FLOP/s; and in words, with where that number is from."""
+    cuda = torch.cuda.is_available()
+    card = torch.cuda.get_device_name() if cuda else "CPU"
+    for name, peak in PEAKS.items():
+        if card.startswith(f"NVIDIA {name}") and "MIG" not in card:
+            return peak, f"{peak / 1e12:.0f} TFLOP/s ({card}, data sheet)"
+    n, laps = 8192 if cuda else 1024, []
+    x = torch.randn(n, n, device="cuda" if cuda else "cpu", dtype=torch.bfloat16 if cuda else torch.float32)
+    for _ in range(5):
+        begun = time.perf_counter()
+        (x @ x)[0, 0].item()  # waits for the GPU
+        laps.append(time.perf_counter() - begun)
+    peak = 2 * n**3 / min(laps)
+    return peak, f"{peak / 1e12:.2g} TFLOP/s ({card}, best of five matmuls)"
+
+
+def forward_flops(model: nn.Module, fed: list[int], responses: int) -> float:
+    """Floating-point operations of one forward pass over sequences of `fed` tokens, all ranks together; a backward pass
+    has twice as many. 2 for each token and parameter that multiplies it; causal attention has 2 products of L^2 / 2
+    pairs, 2 for each pair and channel; a policy's head sees `responses` tokens only. Recomputation does not count."""
+    c, sizes = model.config, {name: p.numel() for name, p in model.named_parameters()}
+    body = sum(size for name, size in sizes.items() if "embed_tokens" not in name and "lm_head" not in name)
+    head = c.vocab_size * c.hidden_size * responses if hasattr(model, "lm_head") else 0
+    width = c.num_attention_heads * (getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads)
+    return 2 * (body * sum(fed) + head + c.num_hidden_layers * width * sum(n * n for n in fed))
+
+
+def utilisation(times: list[dict], passes: dict[nn.Module, int], fed: list[int], responses: int) -> dict[str, float]:
+    """`times` of all ranks. Tokens a second: of the step, and of its update phase, in which each model saw the batch so
+    many times. What part of a rank's roofline the update reached (MFU). Memory of each phase, of the fullest rank."""
+    mine = times[0]
+    rate = 3 * sum(n * forward_flops(m, fed, responses) for m, n in passes.items()) / mine["time/update"] / len(times)
+    row = {name: max(t[name] for t in times) for name in mine if name.startswith("perf/")}
+    row |= {"perf/peak_gb": max(row.values()), "perf/tflops": rate / 1e12, "perf/mfu": rate / roofline()[0]}
+    row |= {"perf/tokens_per_s": (sum(fed) + len(fed)) / mine["time/step"]}
+    return row | {"perf/train_tokens_per_s": max(passes.values()) * sum(fed) / mine["time/update"]}

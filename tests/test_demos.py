@@ -1,0 +1,104 @@
+"""The programs that data.py, rewards.py, rollout.py and kernels.py are: what they print is true, faults end them."""
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import fixtures
+import pytest
+from planted import Bug, plant
+
+ROOT = Path(__file__).resolve().parent.parent
+COUNTDOWN = ["rewards.py", "--task", "countdown"]
+
+
+def run(*command, cwd: Path = ROOT) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, *map(str, command)], cwd=cwd, capture_output=True, text=True, timeout=200)
+
+
+def good(*command) -> str:
+    said = run(*command)
+    assert said.returncode == 0, said.stderr[-2000:]
+    return said.stdout
+
+
+def test_rows_are_shown_as_they_are_fed(tiny, tmp_path):
+    """Guards `python data.py`: the number of rows, the template, the count of tokens, the load report."""
+    said = good("data.py", "--task", "countdown3", "--show", 4)
+    assert len(re.findall(r"^countdown-train-\d \(countdown, uncounted tokens\)", said, re.MULTILINE)) == 4
+    assert '"target": 38' in said and said.count("<think>\n") == 4
+    fixtures.eurus_folder(tmp_path)
+    files = ["--task", "math,code", "--data", tmp_path, "--template", "chat"]
+    said = good("data.py", *files, "--model", tiny, "--show", 2)
+    report, _, rows = said.partition("\n\n")
+    assert re.search(r"taco +27 +6 +21", report) and "unequal numbers" in report
+    counts = re.findall(r"^(math|code)-train-\d+ \(\1, (\d+) tokens\), answer ", rows, re.MULTILINE)
+    assert [task for task, _ in counts] == ["math", "math", "code", "code"]
+    assert rows.count("user: ") == rows.count("assistant: ") == 4
+
+
+@pytest.mark.parametrize("flags, says", [
+    (["--task", "cuontdown"], "'cuontdown' is not known"), (["--task", "math"], "--model DIR"),
+])  # fmt: skip
+def test_wrong_tasks_are_named(flags, says):
+    """Guards a traceback, or rows of something else, in the place of a message."""
+    said = run("data.py", *flags)
+    assert said.returncode == 1 and said.stderr.startswith("data.py: ") and says in said.stderr
+
+
+def test_typical_answers_and_a_file_of_them(tmp_path):
+    """Guards `python rewards.py`: verdicts of the table and of a JSONL file, lines that lack something, bad rows."""
+    said = good("rewards.py", "--task", "math")
+    assert re.search(r"^math +ok +1 +'\\\\frac24' ", said, re.MULTILINE), said
+    assert "countdown" not in said and "9 responses" in said and "expected" not in said
+    sums = {"numbers": [1, 2, 3], "target": 6}
+    lines = [
+        {"task": "countdown", "answer": sums, "response": "<answer>1+2+3</answer>", "id": "a"},
+        {"task": "math", "answer": "0.5", "text": r"\boxed{\frac12}"},
+        {"task": "math", "answer": "0.5", "text": r"\boxed{\frac12}", "finished": False},
+        {"task": "math", "answer": "0.5", "text": r"\boxed{2}"},
+    ]
+    fixtures.jsonl(tmp_path / "in.jsonl", lines)
+    said = good("rewards.py", tmp_path / "in.jsonl", "--out", tmp_path / "out.jsonl")
+    assert "4 responses" in said and "correct 0.5" in said and "no_answer_frac 0.25" in said
+    out = [json.loads(line) for line in open(tmp_path / "out.jsonl")]
+    assert [line["verdict"]["status"] for line in out] == ["ok", "ok", "no_answer", "wrong"]
+    assert all(line.items() <= judged.items() for line, judged in zip(lines, out))
+    sample = {"step": 1, "id": "x", "prompt": "?", "response": r"\boxed{2}", "status": "wrong", "answer": "2"}
+    bad = {"task": "countdown", "answer": "22", "response": "<answer>22</answer>"}
+    for line, says in ((sample, 'line 2: there is no "task", no "answer"'), (bad, "line 2: its answer cannot be used")):
+        fixtures.jsonl(tmp_path / "bad.jsonl", [lines[0], line])
+        said = run("rewards.py", tmp_path / "bad.jsonl")
+        assert said.returncode == 1 and says in said.stderr, said.stderr
+    assert "use countdown, math or code" in run("rewards.py", "--task", "maths").stderr
+
+
+@pytest.mark.parametrize("engine", ["torch", "vllm"])
+def test_engines_are_as_far_from_transformers_as_rounding(tiny, engine):
+    """Guards `python rollout.py`: samples of each prompt, and the gap between engine and trainer."""
+    said = good("rollout.py", "--model", tiny, "--engine", engine, "--max_new_tokens", 6, "--temperature", 0.7)
+    assert len(re.findall(r"^  (?:cut, 6|finished, \d) tokens, gap ", said, re.MULTILINE)) == 4
+    (gap,) = re.findall(rf"^{engine}: mean \|log-prob difference\| (\S+), largest", said, re.MULTILINE)
+    assert 0 <= float(gap) < 1e-4
+
+
+def test_the_fast_ways_are_the_plain_ones():
+    """Guards `python kernels.py`: a table with errors, times and memory."""
+    rows = re.findall(r"^(\S.*?\S) +(\d+) +(-?\d+)  (\S+)$", good("kernels.py"), re.MULTILINE)
+    assert [row[0] for row in rows] == ["all logits", "chunked", "padded sdpa", "varlen"]  # where there is no GPU
+    assert all(float(row[3]) < 1e-4 for row in rows) and int(rows[1][2]) < int(rows[0][2]) / 2
+
+
+@pytest.mark.parametrize("bug, command", [
+    (Bug("sign", "kernels.py", "return logprob, entropy\n", "return -logprob, entropy\n", ()), ["kernels.py"]),
+    (Bug("leak", "kernels.py", "_varlen_cpu(q, k, v, cu_seqlens.tolist(), scale)",
+         "_varlen_cpu(q, k, v, [0, len(q)], scale)", ()), ["kernels.py"]),
+    (Bug("expected", "rewards.py", '"wrong 0.1": ["3*7-5"', '"ok 1": ["3*7-5"', ()), COUNTDOWN),
+    (Bug("gold", "rewards.py", "== numbers and result[0] == target", "== numbers", ()), COUNTDOWN),
+], ids=lambda x: x.name if isinstance(x, Bug) else "")  # fmt: skip
+def test_a_fault_ends_the_program_with_1(tmp_path, bug, command):
+    """Guards tables that are printed and compared with nothing."""
+    plant(bug, tmp_path)
+    said = run(*command, cwd=tmp_path)
+    assert said.returncode == 1 and ("allowed" in said.stderr or "differ" in said.stderr), said.stderr
