@@ -3,7 +3,7 @@
 Every way is one process of ppo.py with the flags of run_cpu.sh, 30 steps (some 20) of 512 samples, from the same warm
 models (tests/tiny.py, made when they are missing); two run at a time, a thread each. Runs that are in FOLDER are
 not done again. Ends with a Markdown table of held-out accuracy (512 problems, temperature 1), mean and range over the
-seeds, and FOLDER/science.png. All ways take about an hour and a half on 2 cores.
+seeds, and FOLDER/science.png.
 """
 import json
 import os
