@@ -176,20 +176,16 @@ def planned(words: list[str]) -> tuple[int, float, list[str]]:
         sys.exit(f"{' '.join(words[at : at + 3])}: give GPUs and GB of each, as in --plan 4 80")
 
 
-def plan(flags: dict, ranks: int, gb: float | None, cuda: bool) -> str:
+def plan(policy, critic, flags: dict, ranks: int, gb: float | None, cuda: bool) -> str:
     """memory_plan in words, of a run with the `flags` of ppo.py. gb of a card; None: of this machine."""
-    from transformers import AutoConfig
-
+    critic, reference = critic if flags["advantage"] == "gae" else None, policy if flags["kl_coef"] else None
     if not gb and torch.cuda.is_available():
         gb = torch.cuda.get_device_properties(0).total_memory / 2**30
     given = flags | {"ranks": ranks, "bf16": cuda, "max_seqs": 256, "sharded": cuda or "RANK" in os.environ}
     given["card_gb"] = gb or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30 / ranks
     given["sequences"] = given["prompts_per_step"] * given["samples_per_prompt"]
     given["longest"] = given["max_prompt_tokens"] + given["max_new_tokens"]
-    paths = {"policy": given["model"], "critic": given.pop("critic_model") or given.pop("model")}
-    paths = {name: path for name, path in paths.items() if name == "policy" or flags["advantage"] == "gae"}
-    start = {name: AutoConfig.from_pretrained(path, trust_remote_code=False) for name, path in paths.items()}
-    return memory_plan(start["policy"], start.get("critic"), start["policy"] if flags["kl_coef"] else None, **given)[1]
+    return memory_plan(policy, critic, reference, **given)[1]
 
 
 # --------------------------------------------------------------------------------------------------------- FLOPs, MFU

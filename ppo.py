@@ -358,7 +358,7 @@ def train(args: Args, replay: dict | None = None) -> list[dict]:
     history, log = runs.open_folder(Path(args.out), config, start, args.wandb, main and args.steps > 0 and not replay)
     say(runs.plan(args, ranks, models, made | {"roofline of a rank": costs.roofline()[1]}, start))
     if args.steps == 0:
-        say(costs.plan(asdict(args), ranks.world, None, torch.cuda.is_available()))
+        say(costs.plan(*configs, asdict(args), ranks.world, None, torch.cuda.is_available()))
 
     def keep(name: str, wait: bool = False) -> int:
         """A checkpoint of step `done`. What is not in it is a function of the step: prompts, seeds, learning rates."""
@@ -592,7 +592,7 @@ if __name__ == "__main__":
         train(Args(**flags), replay)
     elif "--plan" in sys.argv:
         gpus, gb, flags = costs.planned(sys.argv[1:])
-        check(args := parse_args(flags), gpus, only_plan=True)
-        print(costs.plan(asdict(args), gpus, gb, cuda=True))
+        configs = check(args := parse_args(flags), gpus, only_plan=True)
+        print(costs.plan(*configs, asdict(args), gpus, gb, cuda=True))
     else:
         train(parse_args())
