@@ -6,53 +6,28 @@ opinion in the tests.
 Refuses to know: rewards, losses, datasets, text. Ids are never decoded and re-encoded on the way to the trainer.
 Left out on purpose: top_p and top_k. They change the distribution sampled from, and with it every ratio in the loss.
 """
+
 import gc
+import math
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-
-@dataclass
-class Sampling:
-    """how prompts are answered"""
-    engine: Literal["vllm", "torch"] = "vllm"  # torch: plain PyTorch, slow, for debugging
-    prompts_per_step: int = 256  # over all ranks
-    samples_per_prompt: int = 1  # answers to each prompt
-    refill: int = 0  # rounds, up to 5, of new prompts for those whose answers are all rewarded alike (dynamic sampling)
-    max_new_tokens: int = 1024  # response limit
-    temperature: float = 1.0  # of sampling; the trainer divides its logits by the same number
-    stop: tuple[str, ...] = ()  # texts that end a response and stay in it, besides every EOS id of the model
-    tp: int = 1  # ranks that share one engine (tensor parallel)
-    gpu_memory: float = 0.6  # share of the card for the engine while it is awake
-
-
-def conditions(flags: Sampling, world: int, heads: int, group: bool) -> list[tuple[bool, str]]:
-    """(does it hold, what to say when not) on `world` ranks; `heads` of attention can be shared by tp ranks; `group`:
-    answers are compared with others to the same prompt."""
-    f, n, asked = flags, flags.samples_per_prompt, flags.prompts_per_step
-    even = -(-asked // world) * world
-    node, tp = int(os.environ.get("LOCAL_WORLD_SIZE", world)), max(1, f.tp)
-    positive = "prompts_per_step samples_per_prompt max_new_tokens temperature tp".split()
-    return [(getattr(f, name) > 0, f"{name}={getattr(f, name)}: must be above 0") for name in positive] + [
-        (asked == even, f"prompts_per_step={asked} is no multiple of {world} ranks: use {even}"),
-        (n > 1 or not group, f"samples_per_prompt={n}: this --advantage compares answers to one prompt, use 2 or more"),
-        (n > 1 or not f.refill, f"samples_per_prompt={n}: --refill looks for answers that differ, use 2 or more"),
-        (0 <= f.refill <= 5, f"refill={f.refill}: use 0 to 5"),
-        (node % tp == 0, f"tp={f.tp} does not divide the {node} ranks: launch a multiple of {f.tp}"),
-        (heads % tp == 0, f"tp={f.tp} does not divide the {heads} attention heads: use a divisor of {heads}"),
-        (f.tp == 1 or f.engine == "vllm", f"tp={f.tp} needs --engine vllm, not {f.engine}"),
-    ]
+from infra.dist import Ranks, everywhere, gather, share
 
 
 class Sample(NamedTuple):
-    ids: list[int]  # the response; ends with an EOS id, or completes a stop text, if and only if `finished`
-    logprobs: list[float]  # of each id under the engine's weights at the sampling temperature (at 1 when greedy)
+    ids: list[
+        int
+    ]  # the response; ends with an EOS id, or completes a stop text, if and only if `finished`
+    logprobs: list[
+        float
+    ]  # of each id under the engine's weights at the sampling temperature (at 1 when greedy)
     finished: bool  # the model chose to stop; False: cut at max_new_tokens
 
 
@@ -68,13 +43,18 @@ class Rollout(NamedTuple):
     lengths: list[int]  # B, prompt + response
 
 
-def collate(prompts: list[list[int]], samples: list[Sample], device: torch.device | str = "cpu") -> Rollout:
+def collate(
+    prompts: list[list[int]], samples: list[Sample], device: torch.device | str = "cpu"
+) -> Rollout:
     """One row for each (prompt, sample) pair."""
     lengths = [len(p) + len(s.ids) for p, s in zip(prompts, samples, strict=True)]
     width = max(lengths)
     fill = [width - length for length in lengths]
     ids = [p + s.ids + [0] * f for p, s, f in zip(prompts, samples, fill)]
-    mask = [[False] * len(p) + [True] * len(s.ids) + [False] * f for p, s, f in zip(prompts, samples, fill)]
+    mask = [
+        [False] * len(p) + [True] * len(s.ids) + [False] * f
+        for p, s, f in zip(prompts, samples, fill)
+    ]
     logprobs = [[0.0] * len(p) + s.logprobs + [0.0] * f for p, s, f in zip(prompts, samples, fill)]
     return Rollout(*(torch.tensor(x, device=device) for x in (ids, mask, logprobs)), lengths)
 
@@ -95,38 +75,59 @@ def mismatch(trainer: Tensor, engine: Tensor, cap: float) -> dict[str, float]:
     return {
         "mismatch/logp_abs_mean": gap.abs().mean().item(),
         "mismatch/logp_abs_max": gap.abs().max().item(),
-        "mismatch/kl": (gap.exp() - 1 - gap).mean().item(),  # KL(engine || trainer), the k3 estimate
+        "mismatch/kl": (gap.exp() - 1 - gap)
+        .mean()
+        .item(),  # KL(engine || trainer), the k3 estimate
         "mismatch/ratio_max": gap.max().exp().item(),
         "mismatch/clipped_frac": (gap.exp() > cap).float().mean().item() if cap else 0.0,
     }
 
 
 def records(
-    step: int, rows: list[dict], texts: list[str], samples: list[Sample], scored: list[dict], count: int | None = None,
-    decode: Callable | None = None, **numbers: Tensor,
+    step: int,
+    rows: list[dict],
+    samples: list[Sample],
+    texts: list[str],
+    scored: list[dict],
+    count: int | None = None,
+    decode: Callable | None = None,
+    **numbers: Tensor,
 ) -> list[dict]:
     """Rows of samples.jsonl: all, or `count` of them. With `decode`: the texts of each response's last MOST_TOKENS, and
     their `numbers`, (B, T) as in Rollout."""
+    every = math.ceil(len(rows) / (count or len(rows)))
     out = []
-    for b in range(0, len(rows), -(-len(rows) // (count or len(rows)))):
-        row, sample = rows[b], samples[b]
-        about = {"step": step, "id": row["id"], "prompt": row["prompt"], "response": texts[b]}
-        about["finished"] = sample.finished
+    for b in range(0, len(rows), every):
+        record = {
+            "step": step,
+            "id": rows[b]["id"],
+            "prompt": rows[b]["prompt"],
+            "response": texts[b],
+            "finished": samples[b].finished,
+        }
         if decode:
-            end, ids = len(row["ids"]) + len(sample.ids), sample.ids[-MOST_TOKENS:]
-            about["tokens"] = [decode([i]) for i in ids]
-            about |= {k: [round(float(v), 4) for v in x[b, end - len(ids) : end]] for k, x in numbers.items()}
-        out.append(about | scored[b])
+            ids = samples[b].ids[-MOST_TOKENS:]
+            end = len(rows[b]["ids"]) + len(samples[b].ids)
+            record["tokens"] = [decode([token]) for token in ids]
+            for name, x in numbers.items():
+                values = x[b, end - len(ids) : end].tolist()
+                record[name] = [round(value, 4) for value in values]
+        out.append(record | scored[b])
     return out
 
 
 def show(samples: list[dict]) -> str:
-    """Rows of samples.jsonl, for people."""
-    return "\n".join(
-        f"    prompt   {str(s['prompt'])[-200:]!r}\n    response {s['response']!r}\n    judged   "
-        + ", ".join(f"{k} {v}" for k, v in s.items() if k not in ("prompt", "response", "id"))
-        for s in samples
-    )
+    """Rows of samples.jsonl, for people: what was asked, said and judged; lists of tokens stay in the file."""
+    lines = []
+    for sample in samples:
+        judged = []
+        for name, value in sample.items():
+            if name not in ("prompt", "response", "id") and not isinstance(value, list):
+                judged.append(f"{name} {value}")
+        lines.append(f"    prompt   {str(sample['prompt'])[-200:]!r}")
+        lines.append(f"    response {sample['response']!r}")
+        lines.append(f"    judged   {', '.join(judged)}")
+    return "\n".join(lines)
 
 
 def stream(seed: int, step: int, purpose: int) -> int:
@@ -154,8 +155,17 @@ class VLLMSampler:
     """
 
     def __init__(
-        self, path: str, eos_ids: list[int], max_len: int, max_seqs: int = 256, dtype: str = "auto",
-        tp: int = 1, gpu_memory: float = 0.6, kv_cache_mb: int = 256, seed: int = 0, stop: tuple[str, ...] = (),
+        self,
+        path: str,
+        eos_ids: list[int],
+        max_len: int,
+        max_seqs: int = 256,
+        dtype: str = "auto",
+        tp: int = 1,
+        gpu_memory: float = 0.6,
+        kv_cache_mb: int = 256,
+        seed: int = 0,
+        stop: tuple[str, ...] = (),
     ):
         cuda = torch.cuda.is_available()
         torchrun = dist.is_initialized()
@@ -166,9 +176,16 @@ class VLLMSampler:
             _prepare_cpu()
         from vllm import LLM
 
-        special = {"gpu_memory_utilization": gpu_memory} if cuda else {"kv_cache_memory_bytes": kv_cache_mb << 20}
+        special = (
+            {"gpu_memory_utilization": gpu_memory}
+            if cuda
+            else {"kv_cache_memory_bytes": kv_cache_mb << 20}
+        )
         if not cuda:  # a prompt fed in two parts makes a seeded request fail there ("Generator does not use offset")
-            special |= {"enable_chunked_prefill": False, "max_num_batched_tokens": max(4096, max_len)}
+            special |= {
+                "enable_chunked_prefill": False,
+                "max_num_batched_tokens": max(4096, max_len),
+            }
         try:
             self.llm = LLM(
                 path,
@@ -197,13 +214,21 @@ class VLLMSampler:
         self.rank, self.group = 0, None
         if tp > 1:
             self.rank = dist.get_rank() % tp
-            for first in range(0, dist.get_world_size(), tp):  # new_group is collective: every rank makes every group
+            for first in range(
+                0, dist.get_world_size(), tp
+            ):  # new_group is collective: every rank makes every group
                 group = dist.new_group(list(range(first, first + tp)))
                 if first <= dist.get_rank() < first + tp:
                     self.group = group
 
     def sample(
-        self, prompts: list[list[int]], n: int, max_new_tokens: int, temperature: float, seed: int, progress=False
+        self,
+        prompts: list[list[int]],
+        n: int,
+        max_new_tokens: int,
+        temperature: float,
+        seed: int,
+        progress=False,
     ) -> list[Sample]:
         """n samples of every prompt, neighbours together. Sample j of prompt i has seed `seed + i * n + j`, so the
         answer does not depend on what else is in the batch, on the rank, or on anybody's random state."""
@@ -212,7 +237,9 @@ class VLLMSampler:
         self.wake()
         requests = [(ids, seed + i * n) for i, ids in enumerate(prompts)]
         mine = slice(0, len(requests))
-        if self.group is not None:  # ranks of one engine must ask for the same things in the same order
+        if (
+            self.group is not None
+        ):  # ranks of one engine must ask for the same things in the same order
             asked: list = [None] * dist.get_world_size(self.group)
             dist.all_gather_object(asked, requests, group=self.group)
             before = sum(len(a) for a in asked[: self.rank])
@@ -220,15 +247,26 @@ class VLLMSampler:
             requests = [r for a in asked for r in a]
         params = [
             SamplingParams(
-                n=n, temperature=temperature, max_tokens=min(max_new_tokens, self.max_len - len(ids)), seed=s,
-                stop_token_ids=self.eos_ids, ignore_eos=True, logprobs=0, flat_logprobs=True,
-                stop=self.stop, include_stop_str_in_output=True, detokenize=bool(self.stop), skip_special_tokens=False,
+                n=n,
+                temperature=temperature,
+                max_tokens=min(max_new_tokens, self.max_len - len(ids)),
+                seed=s,
+                stop_token_ids=self.eos_ids,
+                ignore_eos=True,
+                logprobs=0,
+                flat_logprobs=True,
+                stop=self.stop,
+                include_stop_str_in_output=True,
+                detokenize=bool(self.stop),
+                skip_special_tokens=False,
             )
             for ids, s in requests
         ]
         self.llm.reset_prefix_cache()  # so that a call depends on nothing before it
         inputs = [{"prompt_token_ids": ids} for ids, _ in requests]
-        outputs = self.llm.generate(inputs, params, use_tqdm=progress) if inputs else []  # more ranks than prompts
+        outputs = (
+            self.llm.generate(inputs, params, use_tqdm=progress) if inputs else []
+        )  # more ranks than prompts
         return [
             Sample(list(c.token_ids), list(c.logprobs.logprobs), c.finish_reason == "stop")
             for out in outputs[mine]
@@ -260,89 +298,83 @@ class VLLMSampler:
         self.llm.llm_engine.engine_core.shutdown()
 
 
-def record(
-    rows: list[dict], samples: list[Sample], scored: list[dict] = (), taken: dict | None = None, forward=None, **flags
-) -> dict:
-    """What a step was made of, for Recorded; `flags` differ from the run's."""
-    scored = scored or [{"reward": 0.0, "correct": 0.0, "status": "wrong"}] * len(samples)
-    known = {"rows": [*map(dict, rows)], "samples": [*map(tuple, samples)], "scored": scored}
-    return known | {"taken": taken or {}, "forward": forward, "flags": flags}
+@dataclass
+class Request:
+    """What the samplers are asked for, on all ranks alike. `limit` tokens each; (step, purpose) choose the seeds."""
 
-
-def load_record(file: Path) -> tuple[dict, dict]:
-    """(flags, record) of bad_step_N/batch.pt, whose run was in the folder above. One process needs no parallelism."""
-    record = torch.load(file, map_location="cpu", weights_only=True)  # runs no code
-    alone = {} if "RANK" in os.environ else {"sp": 1, "tp": 1, "replicas": 1, "offload": ()}
-    flags = record["args"] | alone | {"out": str(file.parent.parent), "resume": "auto"}
-    if flags["samples_per_prompt"] == 1:  # the canary's, perhaps: one answer is no group, and its record needs none
-        flags |= {"refill": 0, "advantage": "gae" if flags["advantage"] == "gae" else "reinforce++"}
-    return flags, record | {"folder": file.parent}
-
-
-class Recorded:
-    """The samples of a step that was recorded, in place of an engine."""
-
-    def __init__(self, samples: list[Sample]):
-        self.samples = [Sample(*sample) for sample in samples]
-
-    def sample(self, prompts, n, *_) -> list[Sample]:
-        first = dist.get_rank() * len(prompts) * n if dist.is_initialized() else 0  # shares are equal
-        return self.samples[first : first + len(prompts) * n]
-
-    def sleep(self) -> None: ...
-
-    def close(self) -> None: ...
+    prompts: list[list[int]]
+    n: int
+    limit: int
+    temperature: float
+    step: int
+    purpose: int
 
 
 class Engine:
     """The samplers of all ranks, which are asked together. When one fails, every rank makes a new one, with the weights
-    that `rescue(what failed)` gives, and asks again, once."""
+    that `rescue(what failed)` gives, and asks again, once.
 
-    def __init__(self, make: Callable, rescue: Callable, everywhere: Callable, seed: int, progress: bool = False):
-        self.make, self.rescue, self.everywhere, self.seed, self.progress = make, rescue, everywhere, seed, progress
+    A sampler is anything with sample, load, sleep and wake. `close` is called where there is one."""
+
+    def __init__(
+        self,
+        make: Callable,
+        rescue: Callable,
+        ranks: Ranks,
+        seed: int,
+        progress: bool = False,
+    ):
+        self.make = make
+        self.rescue = rescue
+        self.ranks = ranks
+        self.seed = seed
+        self.progress = progress
         self.sampler = make()
 
-    def ask(
-        self, prompts: list[list[int]], n: int, limit: int, temperature: float, step: int, purpose: int
-    ) -> list[Sample]:
-        """n samples of each prompt, at most `limit` tokens each, on all ranks; each rank asks for its share. They are
-        functions of (seed, step, purpose) and a prompt's place alone."""
-        rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        first, end = (r * len(prompts) // world for r in (rank, rank + 1))
-        seed = stream(self.seed, step, purpose) + first * n
-        question = prompts[first:end], n, limit, temperature, seed, self.progress
-        for tries in (1, 2):
+    def ask(self, request: Request) -> list[Sample]:
+        """n samples of each prompt, on all ranks; each rank asks for its share. They are functions of (seed, step,
+        purpose) and a prompt's place alone."""
+        for attempt in (1, 2):
+            samples, error = [], ""
             try:
-                answer = self.sampler.sample(*question), ""
-            except Exception as error:
-                answer = [], f"rank {rank}: {type(error).__name__}: {error} "
-            parts, faults = zip(*self.everywhere(answer))
-            if not any(faults):
-                return [sample for part in parts for sample in part]
-            if tries == 1:
-                weights = self.rescue("".join(faults))
+                samples = self._ask_share(request)
+            except Exception as fault:
+                error = f"rank {self.ranks.rank}: {type(fault).__name__}: {fault} "
+            errors = "".join(everywhere(error, self.ranks))
+            if not errors:
+                return gather(samples, self.ranks)
+            if attempt == 1:
+                weights = self.rescue(errors)
                 self.sampler = None  # its memory is needed
                 self.sampler = self.make()
                 self.sampler.load(weights)
-        raise RuntimeError(f"an engine failed twice on the same prompts; what was trained is saved. {''.join(faults)}")
+        raise RuntimeError(
+            f"an engine failed twice on the same prompts; what was trained is saved. {errors}"
+        )
 
+    def _ask_share(self, request: Request) -> list[Sample]:
+        first = self.ranks.rank * len(request.prompts) // self.ranks.world
+        seed = stream(self.seed, request.step, request.purpose) + first * request.n
+        return self.sampler.sample(
+            share(request.prompts, self.ranks),
+            request.n,
+            request.limit,
+            request.temperature,
+            seed,
+            self.progress,
+        )
 
-def refilled(round0: tuple, draw: Callable[[int], tuple], rounds: int) -> tuple:
-    """Dynamic sampling (DAPO, arXiv:2503.14476): answers to one prompt that are all rewarded alike teach nothing; those
-    to another prompt take their place. A round is (rows, samples, texts, a function that waits for results), `draw(1)`
-    to `draw(rounds)` give further ones. Returns as many groups as round0 has, in the same form, the best there were."""
-    groups, more = [], round0
-    for k in range(1, rounds + 2):
-        rows, n = more[0], len(more[1]) // len(more[0])
-        groups += zip(rows, *([xs[i : i + n] for i in range(0, len(xs), n)] for xs in (*more[1:3], more[3]())))
-        alike = [len({r["reward"] for r in scored if r["status"] != "infra"}) < 2 for *_, scored in groups]
-        if alike.count(False) >= len(rows) or k > rounds:
-            break
-        more = draw(k)
-    chosen = sorted(range(len(groups)), key=alike.__getitem__)[: len(round0[0])]  # stable: in the order they came
-    rows, *parts = zip(*(groups[i] for i in chosen))
-    samples, texts, scored = ([x for group in part for x in group] for part in parts)
-    return list(rows), samples, texts, lambda: scored
+    def load(self, named_tensors: Iterable[tuple[str, Tensor]]) -> None:
+        self.sampler.load(named_tensors)
+
+    def sleep(self) -> None:
+        self.sampler.sleep()
+
+    def close(self) -> None:
+        """The last call of a run."""
+        close = getattr(self.sampler, "close", None)
+        if close:
+            close()
 
 
 def _prepare_cpu() -> None:
@@ -369,14 +401,21 @@ class TorchSampler:
     """The same in plain PyTorch: a KV cache, left-padded prompts, one forward a token, `max_seqs` sequences at once."""
 
     def __init__(
-        self, path: str, eos_ids: list[int], max_len: int, max_seqs: int = 256, dtype: str = "auto",
+        self,
+        path: str,
+        eos_ids: list[int],
+        max_len: int,
+        max_seqs: int = 256,
+        dtype: str = "auto",
         stop: tuple[str, ...] = (),
     ):
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         device = f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu"
         safe = {"use_safetensors": True, "trust_remote_code": False}
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation="sdpa", **safe)
+        model = AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype, attn_implementation="sdpa", **safe
+        )
         self.model = model.to(device)
         self.model.requires_grad_(False).eval()
         self.eos_ids, self.max_len, self.max_seqs, self.device = eos_ids, max_len, max_seqs, device
@@ -384,7 +423,13 @@ class TorchSampler:
 
     @torch.no_grad()
     def sample(
-        self, prompts: list[list[int]], n: int, max_new_tokens: int, temperature: float, seed: int, progress=False
+        self,
+        prompts: list[list[int]],
+        n: int,
+        max_new_tokens: int,
+        temperature: float,
+        seed: int,
+        progress=False,
     ) -> list[Sample]:
         """As VLLMSampler.sample, with other random numbers for the same seeds."""
         self.wake()
@@ -394,14 +439,24 @@ class TorchSampler:
             from tqdm import tqdm
 
             chunks = tqdm(chunks, desc="sampling", leave=False)
-        return [sample for chunk in chunks for sample in self._decode(chunk, max_new_tokens, temperature)]
+        return [
+            sample
+            for chunk in chunks
+            for sample in self._decode(chunk, max_new_tokens, temperature)
+        ]
 
-    def _decode(self, jobs: list[tuple[list[int], int]], max_new_tokens: int, temperature: float) -> list[Sample]:
+    def _decode(
+        self, jobs: list[tuple[list[int], int]], max_new_tokens: int, temperature: float
+    ) -> list[Sample]:
         width = max(len(ids) for ids, _ in jobs)
         ids = torch.tensor([[0] * (width - len(p)) + p for p, _ in jobs], device=self.device)
-        real = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p, _ in jobs], device=self.device)
+        real = torch.tensor(
+            [[0] * (width - len(p)) + [1] * len(p) for p, _ in jobs], device=self.device
+        )
         limits = [min(max_new_tokens, self.max_len - len(p)) for p, _ in jobs]
-        draws = torch.stack([torch.rand(max(limits), generator=torch.Generator().manual_seed(s)) for _, s in jobs])
+        draws = torch.stack(
+            [torch.rand(max(limits), generator=torch.Generator().manual_seed(s)) for _, s in jobs]
+        )
         cache, tokens, logprobs = None, [], []
         done = torch.zeros(len(jobs), dtype=torch.bool, device=self.device)
         for t in range(max(limits)):
@@ -409,7 +464,9 @@ class TorchSampler:
             out = self.model(ids, attention_mask=real, position_ids=position, past_key_values=cache, use_cache=True,
                              logits_to_keep=1)  # fmt: skip
             cache = out.past_key_values
-            logp = torch.log_softmax(out.logits[:, -1].float() / (temperature or 1.0), dim=-1)  # (B, V)
+            logp = torch.log_softmax(
+                out.logits[:, -1].float() / (temperature or 1.0), dim=-1
+            )  # (B, V)
             if temperature:  # inverse-CDF sampling with the sequence's own uniform number
                 cdf = logp.exp().double().cumsum(-1)
                 draw = draws[:, t, None].to(cdf) * cdf[:, -1:]
@@ -425,8 +482,14 @@ class TorchSampler:
             if done.all():
                 break
         samples = []
-        for row, logp, limit in zip(torch.stack(tokens, 1).tolist(), torch.stack(logprobs, 1).tolist(), limits):
-            ends = (t + 1 for t, token in enumerate(row[:limit]) if token in self.eos_ids or self._stops(row[: t + 1]))
+        for row, logp, limit in zip(
+            torch.stack(tokens, 1).tolist(), torch.stack(logprobs, 1).tolist(), limits
+        ):
+            ends = (
+                t + 1
+                for t, token in enumerate(row[:limit])
+                if token in self.eos_ids or self._stops(row[: t + 1])
+            )
             end = next(ends, None)
             length = end or min(limit, len(row))
             samples.append(Sample(row[:length], logp[:length], end is not None))
@@ -434,8 +497,12 @@ class TorchSampler:
 
     def _stops(self, ids: list[int]) -> bool:
         """Do these tokens complete one of the texts that end a response?"""
-        longest = max(map(len, self.stop), default=0)  # a token is at least a byte, a character at most four
-        return bool(self.stop) and any(s in self.tokenizer.decode(ids[-4 * longest - 4 :]) for s in self.stop)
+        longest = max(
+            map(len, self.stop), default=0
+        )  # a token is at least a byte, a character at most four
+        return bool(self.stop) and any(
+            s in self.tokenizer.decode(ids[-4 * longest - 4 :]) for s in self.stop
+        )
 
     @torch.no_grad()
     def load(self, named_tensors: Iterable[tuple[str, Tensor]]) -> None:
@@ -443,7 +510,9 @@ class TorchSampler:
         for name, tensor in named_tensors:
             mine.pop(name).copy_(tensor)
         if mine:
-            raise RuntimeError(f"no new weights came for {sorted(mine)}: the engine would answer with stale ones")
+            raise RuntimeError(
+                f"no new weights came for {sorted(mine)}: the engine would answer with stale ones"
+            )
 
     def sleep(self) -> None:
         self.model.to("cpu")
@@ -457,7 +526,13 @@ class TorchSampler:
 
 
 def make_sampler(
-    engine: str, path: str, eos_ids: list[int], tp: int = 1, gpu_memory: float = 0.6, seed: int = 0, **both
+    engine: str,
+    path: str,
+    eos_ids: list[int],
+    tp: int = 1,
+    gpu_memory: float = 0.6,
+    seed: int = 0,
+    **both,
 ) -> VLLMSampler | TorchSampler:
     """`both` is what either engine takes: max_len, max_seqs, dtype, stop."""
     gc.collect()  # one that failed before may still hold memory, in cycles
@@ -466,51 +541,3 @@ def make_sampler(
     if engine == "torch":
         return TorchSampler(path, eos_ids, **both)
     raise ValueError(f"engine={engine!r}: use 'vllm' or 'torch'")
-
-
-if __name__ == "__main__":
-    import sys
-
-    del sys.path[0]  # this folder's kernels.py has the name of a package that transformers looks for
-    import tyro
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
-
-    EXAMPLES = (
-        "Use the numbers 3, 5, 7 exactly once each with + - * / and parentheses to make 22. "
-        "Think inside <think> </think>, then write the expression inside <answer> </answer>.\n<think>",
-        "What is 2 + 3? The answer is",
-    )
-
-    def look(
-        model: str, engine: Literal["vllm", "torch"] = "vllm", prompt: tuple[str, ...] = EXAMPLES, n: int = 2,
-        max_new_tokens: int = 64, temperature: float = 1.0, seed: int = 0,
-    ) -> None:  # fmt: skip
-        """Samples n answers to each prompt (greedy: one), a text that is fed as it stands. The gap is the mean distance
-        of the engine's log-probs from those of a plain forward of transformers, in float32 on the CPU."""
-        logging.disable_progress_bar()
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(model)
-            plain = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, use_safetensors=True)
-        except (OSError, ValueError) as error:
-            sys.exit(f"rollout.py: model={model!r} is no Hugging Face folder or hub id to be used: {error}")
-        n, ids = n if temperature else 1, tokenizer(list(prompt))["input_ids"]
-        both = {"max_len": max(map(len, ids)) + max_new_tokens, "max_seqs": n * len(ids)}
-        both |= {} if torch.cuda.is_available() else {"dtype": "float32"}
-        sampler = make_sampler(engine, model, eos_ids(model, tokenizer), seed=seed, **both)
-        samples, gaps = sampler.sample(ids, n, max_new_tokens, temperature, seed), []
-        for i, sample in enumerate(samples):
-            fed = ids[i // n]
-            with torch.no_grad():
-                logits = plain(torch.tensor([fed + sample.ids])).logits[0, len(fed) - 1 : -1]
-            logprobs = (logits / (temperature or 1.0)).log_softmax(-1).gather(1, torch.tensor(sample.ids)[:, None])
-            gaps.append((logprobs[:, 0] - torch.tensor(sample.logprobs)).abs())
-            if i % n == 0:
-                print(f"prompt of {len(fed)} tokens: {prompt[i // n]!r}")
-            end = "finished" if sample.finished else "cut"
-            print(f"  {end}, {len(sample.ids)} tokens, gap {gaps[-1].mean():.1e}: {tokenizer.decode(sample.ids)!r}")
-        gap = torch.cat(gaps)
-        print(f"{engine}: mean |log-prob difference| {gap.mean():.1e}, largest {gap.max():.1e}, of {len(gap)} tokens")
-        sampler.close()
-
-    tyro.cli(look, use_underscores=True)

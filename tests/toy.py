@@ -24,7 +24,7 @@ def load_toy(split: str, seed: int, template: str) -> list[dict]:
     return [{"task": "toy", "prompt": p, "answer": p[0], "id": f"{i}"} for i, p in enumerate(prompts)]
 
 
-def toy(text: str, row: dict) -> dict:
+def toy(text: str, row: dict, rules=None) -> dict:
     """Half for the right first digit, half for stopping right after it."""
     first = text[:1] == row["answer"]
     right = text == row["answer"]

@@ -1,0 +1,1 @@
+"""What carries a run: ranks, models, checkpoints, the run itself. Nothing here knows PPO."""

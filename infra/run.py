@@ -1,0 +1,427 @@
+"""Everything that happens around a step of PPO and is not PPO.
+
+A Run owns the run folder, the log, the clocks, checkpoints, and the ways in which a run ends in order. The loop in
+ppo.py calls it; none of these calls changes a number.
+
+    run.phase(name)          times a block, measures its memory, shows it to the watch over hangs, profiles it
+    run.progress(items)      the items; each one that is begun is a sign of life for the watch
+    run.check_finite(...)    ends the run on all ranks before a number that is not finite reaches a weight
+    run.log(row, samples)    metrics.jsonl, samples.jsonl, W&B
+    run.warn_if_diverging(row)  warnings about metrics that have gone bad; ends a run that learns no more
+    run.save_if_due(row)     a checkpoint, if flags or the clock say so
+    run.should_stop()        SIGTERM, Ctrl-C, --max_minutes: the same answer on every rank
+
+Refuses to know: what is trained, and by which formula.
+"""
+
+import importlib
+import json
+import math
+import os
+import re
+import shutil
+from contextlib import contextmanager
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from infra import checkpoint, clock, dist, watch
+from infra.log import hidden, hide, say, sync_append, write
+
+# metric: (when it warns, after how many steps in a row the run stops, what it means). Edit freely
+GUARDS = {
+    "policy/approx_kl": (lambda x: x > 0.3, 20, "the policy jumps: lower --lr or --ppo_epochs"),
+    "policy/entropy": (
+        lambda x: x < 0.005,
+        200,
+        "the policy explores no more: lower --lr, raise --entropy_coef",
+    ),
+    "mismatch/logp_abs_mean": (
+        lambda x: x > 0.1,
+        20,
+        "engine and trainer have other distributions: try --dtype fp32",
+    ),
+    "critic/explained_var": (
+        lambda x: x < 0,
+        200,
+        "the critic is worse than a constant: raise --critic_warmup",
+    ),
+    "reward/std": (
+        lambda x: x == 0,
+        200,
+        "all rewards are equal and teach nothing: look at the samples",
+    ),
+}
+
+
+class Run:
+    """The services of one run. `main` is True on the one rank that speaks and writes."""
+
+    def __init__(self, args, ranks: dist.Ranks):
+        self.args = args
+        self.ranks = ranks
+        self.main = ranks.rank == 0
+        self.everywhere = partial(dist.everywhere, ranks=ranks)
+        self.out = Path(args.out)
+
+        self.config: dict = {}
+        self.checkpoint: Path | None = None  # what the run goes on from
+        self.start = 0  # steps that the weights had at first
+        self.done = 0  # ... have had now
+        self.saved = 0  # ... had when they were last saved
+        self.streaks: dict[str, int] = {}  # metric -> steps in a row for which it has been bad
+        self.best = -math.inf  # of --keep_best
+        self.carried: dict = {"kl_coef": None}  # what the algorithm wants back after a resume
+
+        self.trained: dict = {}  # name -> Trained; set by `attach`
+        self.tokenizer = None
+        self.saver = checkpoint.Saver(args.out, args.keep_last, args.keep_best)
+        self.folder: RunFolder | None = None
+        self.history: list[dict] = []  # rows of metrics.jsonl
+        self.meter = dist.Meter()
+        self.times: dict[str, float] = {}
+        self.times_of_next_step: dict[str, float] = {}
+        self.stopped = ""
+
+    # ------------------------------------------------------------------------- set-up and end
+
+    def find_checkpoint(self, config: dict, may_change: set[str]) -> None:
+        """With --resume auto, the newest whole checkpoint of the run folder; its flags must be those of `config`, but
+        for those that `may_change`."""
+        self.config = config
+        found = []
+        if self.args.resume == "auto":
+            found = self.everywhere(checkpoint.checkpoints(self.out))[0]  # what rank 0 sees
+        self.checkpoint, state = checkpoint.find_checkpoint(
+            found, config, may_change, self.everywhere
+        )
+        if self.checkpoint is None:
+            return
+        self.start = self.done = self.saved = state["step"]
+        self.streaks = state["streaks"]
+        self.best = state["best"]
+        self.carried = {"kl_coef": state["kl_coef"]}
+
+    def attach(self, trained: dict, tokenizer) -> None:
+        """The models and optimizers that checkpoints are made of, as name -> models.Trained."""
+        self.trained = trained
+        self.tokenizer = tokenizer
+        checkpoint.load_moments(self.checkpoint, trained)
+
+    def open(self) -> None:
+        """From here on the run writes into its folder."""
+        if self.main:
+            self.folder = RunFolder(self.out, self.config, self.start, self.args.wandb)
+            self.history = self.folder.history
+
+    def close(self) -> None:
+        self.save_now()
+        self.saver.wait()
+        if self.stopped:
+            self.say(
+                f"{self.stopped}: ended after step {self.done} of {self.args.steps}; "
+                "--resume auto goes on from there"
+            )
+
+    def say(self, text: str) -> None:
+        if self.main:
+            say(text)
+
+    # ---------------------------------------------------------------------------------- phases
+
+    def begin_step(self, step: int) -> None:
+        """Step 1, 2, ...; its clocks start with what saving after the step before took."""
+        watch.begin_step(step)
+        self.meter = dist.Meter()
+        self.times = self.times_of_next_step
+        self.times_of_next_step = {}
+
+    @contextmanager
+    def phase(self, name: str):
+        folder = None
+        if watch.NOW["step"] == self.args.profile and name in ("forward", "update", "sync"):
+            folder = self.out / "profile"
+        with clock.timed(self.times, name):
+            with clock.profiled(folder, f"{name}_rank{self.ranks.rank}"):
+                yield
+
+    def progress(self, items):
+        return watch.counted(items)
+
+    # ---------------------------------------------------------------------------------- guards
+
+    def check_finite(self, batch, update: dict | None = None, **tensors: Tensor | None) -> None:
+        """Ends the run on all ranks when one of the tensors is not finite on one of them. What the step was made of
+        stays in bad_step_N: weights and moments as they are now, and in batch.pt `batch` and which `update` of it was
+        tried. Collective, unless there are no tensors (which all ranks must know alike)."""
+        if not tensors:
+            return
+        bad = [text for texts in self.everywhere(not_finite(**tensors)) for text in texts]
+        if not bad:
+            return
+        step = self.done + 1
+        folder = self.out / f"bad_step_{step}"
+        error = (
+            f"step {step}: {'; '.join(bad[:4])}: nothing was updated with it, nothing saved over"
+        )
+        self.save(folder.name, wait=True)
+        if self.main:
+            record = {
+                "args": hidden(asdict(self.args)),
+                "error": error,
+                "update": update,
+                "batch": batch.plain(),
+            }
+            torch.save(record, folder / "batch.pt")
+        raise FloatingPointError(
+            f"{error}. Once more, without an engine: python tools/replay.py {folder / 'batch.pt'}"
+        )
+
+    def should_stop(self) -> bool:
+        """Is this safe point the run's last? The same answer on every rank."""
+        self.stopped = watch.stop_reason(self.args.max_minutes, self.everywhere)
+        return bool(self.stopped)
+
+    def warn_if_diverging(self, row: dict, young: bool) -> None:
+        """Warns about a step's metrics, at the 1st, 10th, 20th ... time in a row. A `young` critic may be wrong.
+        RuntimeError, and the weights aside, when it has gone on for too long. Alike on all ranks."""
+        for name, (is_bad, limit, meaning) in GUARDS.items():
+            bad = name in row and is_bad(row[name])
+            if young and name.startswith("critic/"):
+                bad = False
+            if not bad:
+                self.streaks[name] = 0
+                continue
+            streak = self.streaks.get(name, 0) + 1
+            self.streaks[name] = streak
+            text = (
+                f"step {row['step']}: {name} is {row[name]:.3g}, {streak} steps in a row: {meaning}"
+            )
+            if streak >= limit:
+                aside = f"stopped_step_{row['step']}"
+                self.save(aside, wait=True)
+                raise RuntimeError(
+                    f"{text}. Stopped, as GUARDS in infra/run.py says; "
+                    f"the weights are in {aside}, not in checkpoints"
+                )
+            if streak == 1 or streak % 10 == 0:
+                self.say(f"warning: {text} (stops after {limit})")
+
+    # -------------------------------------------------------------------- the log, checkpoints
+
+    def log(self, row: dict, samples: list[dict] = ()) -> None:
+        if self.folder:
+            self.folder.log(row, samples)
+        else:
+            self.history.append(row)
+
+    def save(self, name: str, wait: bool = False) -> None:
+        """A checkpoint of step `done`. What is not in it is a function of the step: prompts, seeds, learning rates."""
+        final = self.out / name
+        folder = self.saver.begin(final, self.trained, self.everywhere)
+        parts = checkpoint.checkpoint_parts(self.trained, self.ranks, self.tokenizer, folder)
+        metrics = {}
+        if self.history and self.history[-1]["step"] == self.done:
+            metrics = self.history[-1]
+        state = {
+            "step": self.done,
+            "metrics": metrics,
+            "config": self.config,
+            "streaks": self.streaks,
+            "best": self.best,
+        }
+        self.saver.save(final, parts, state | self.carried)
+        if wait:
+            self.saver.wait()
+            self.everywhere(None)  # rank 0 has given it its name
+
+    def save_now(self, wait: bool = False) -> None:
+        """A checkpoint of step `done`, if there is none yet."""
+        if self.done > self.saved:
+            self.save(f"checkpoints/step_{self.done}", wait)
+            self.saved = self.done
+
+    def save_if_due(self, row: dict) -> None:
+        value = row.get(self.args.keep_best, -math.inf)
+        better = value > self.best
+        self.best = max(self.best, value)
+        by_clock = self.everywhere(self.saver.due(self.args.save_minutes))[0]  # that of rank 0
+        by_steps = self.args.save_every > 0 and self.done % self.args.save_every == 0
+        if better or by_clock or by_steps:
+            with clock.timed(self.times_of_next_step, "save"):
+                self.save_now()
+
+
+def not_finite(**tensors: Tensor | None) -> list[str]:
+    """What each of the tensors that are not finite has, and where: nothing, when all are."""
+    found = []
+    for name, x in tensors.items():
+        if x is None or torch.isfinite(x).all():
+            continue
+        bad = ~torch.isfinite(x)
+        text = f"rank {watch.RANK}, {name}: {int(bad.sum())} of {x.numel()} not finite"
+        if x.dim():
+            text += f", first at {bad.nonzero()[0].tolist()}"
+        found.append(text)
+    return found
+
+
+# --------------------------------------------------------------------------------- the run folder
+
+
+def check_folder(out: Path, resume: bool) -> None:
+    """Nothing is written over, and nothing into a folder of something else; models' have a config.json, too."""
+    if not out.exists():
+        return
+    names = {path.name for path in out.iterdir()}
+    names.discard("config.json.new")  # killed while it was written
+    ours = False
+    if "config.json" in names:
+        ours = '"prompts_per_step"' in (out / "config.json").read_text(errors="replace")
+    if resume and (ours or not names):
+        return
+    why = "exists: go on with --resume auto, or "
+    if resume:
+        why = "is no run folder: "
+    raise ValueError(f"out={str(out)!r} {why}choose another --out; nothing is written over")
+
+
+class RunFolder:
+    """config.json, metrics.jsonl, samples.jsonl, a copy of the code, and the same numbers for W&B. Rank 0 has one."""
+
+    def __init__(self, out: Path, config: dict, start: int, project: str | None):
+        self.out = out
+        self.history: list[dict] = []
+        samples: list[dict] = []
+        if start:  # later rows are of steps that will come again
+            self.history = read_rows(out / "metrics.jsonl", start)
+            samples = read_rows(out / "samples.jsonl", start)
+        out.mkdir(parents=True, exist_ok=True)
+        config = {"wandb_id": wandb_id(out, start)} | config
+        write(out / "config.json", hide(json.dumps(config, indent=1)))
+        write(out / "metrics.jsonl", lines(self.history))
+        write(out / "samples.jsonl", lines(samples))
+        copy_code(out)
+        self.board = start_wandb(project, out.name, config)
+
+    def log(self, row: dict, samples: list[dict] = ()) -> None:
+        """On the disk when it returns: the samples first, so that a row says that its samples are there."""
+        self.history.append(row)
+        sync_append(self.out / "samples.jsonl", lines(samples))
+        sync_append(self.out / "metrics.jsonl", lines([row]))
+        if not self.board:
+            return
+        try:
+            self.board.log(row, step=row["step"])
+        except Exception as error:  # a page of curves is no reason to end a run
+            say(
+                "warning: W&B has failed and is left alone from here on; "
+                f"metrics.jsonl has everything: {error}"
+            )
+            self.board = None
+
+
+def lines(rows: list[dict]) -> str:
+    return hide("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def read_rows(path: Path, last_step: int) -> list[dict]:
+    """Rows of a JSONL file up to that step; lines torn by the end of the machine are told and left out."""
+    rows = []
+    if not path.exists():
+        return rows
+    for text in open(path, errors="replace"):
+        try:
+            row = json.loads(text)
+            if row["step"] <= last_step:
+                rows.append(row)
+        except (ValueError, TypeError, KeyError):
+            say(f"warning: {path}: a damaged line is left out: {text[:60]!r}")
+    return rows
+
+
+def copy_code(out: Path) -> None:
+    """The files that made the run, so that it can be looked up what it did."""
+    root = Path(__file__).resolve().parent.parent
+    for folder in (".", "infra", "verify"):
+        (out / folder).mkdir(exist_ok=True)
+        for path in (root / folder).glob("*.py"):
+            shutil.copy(path, out / folder)
+
+
+def wandb_id(out: Path, start: int) -> str:
+    """Of the run that is gone on with; else a new one."""
+    if start and (out / "config.json").exists():
+        text = (out / "config.json").read_text(errors="replace")
+        before = re.search(r'"wandb_id": "(\w+)"', text)
+        if before:
+            return before[1]
+    return os.urandom(4).hex()
+
+
+def start_wandb(project: str | None, name: str, config: dict):
+    """A W&B run, or None: also when it cannot be had, which is told."""
+    if not project:
+        return None
+    try:
+        wandb = importlib.import_module("wandb")
+        return wandb.init(
+            project=project,
+            name=name,
+            id=config["wandb_id"],
+            resume="allow",
+            config=hidden(config),
+            settings=wandb.Settings(init_timeout=30),
+        )
+    except Exception as error:
+        say(
+            "warning: W&B did not start; metrics.jsonl has everything: "
+            f"{type(error).__name__}: {error}"
+        )
+        return None
+
+
+# -------------------------------------------------------------------------------- what people read
+
+
+def plan(args, ranks: dist.Ranks, models: dict, made: dict[str, str], start: int) -> str:
+    """The batch arithmetic, and what was chosen for the user."""
+    made = made | {"engine": f"{args.engine} tp {args.tp}"}
+    for name, model in models.items():
+        made[name] = "none"
+        if model:
+            made[name] = f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}M"
+    chosen = ", ".join(f"{name} {what}" for name, what in made.items())
+    return (
+        f"plan: {args.prompts_per_step} prompts x {args.samples_per_prompt} = {args.batch_size} "
+        f"samples a step; {args.ppo_epochs} epochs x {args.batch_size // args.minibatch} "
+        f"minibatches of {args.minibatch} samples; micro-batches <= "
+        f"{args.max_tokens_per_microbatch * args.sp} tokens on {ranks.rows} x {ranks.sp} ranks; "
+        f"steps {start} to {args.steps}\nmade: {chosen}"
+    )
+
+
+def line(row: dict, steps: int, seconds_per_step: float) -> str:
+    """One step for people; fixed order, so that grep works."""
+    minutes = seconds_per_step * (steps - row["step"]) / 60
+    clipped = row.get("policy/clipfrac_low", 0.0) + row.get("policy/clipfrac_high", 0.0)
+    phases = []
+    for key, value in row.items():
+        if key.startswith("time/") and key != "time/step":
+            phases.append(f"{key.removeprefix('time/')} {value:.1f}")
+    text = (
+        f"step {row['step']:4d}/{steps} | "
+        f"reward {row['reward/mean']:.3f} correct {row['reward/correct']:.3f} | "
+        f"len {row['rollout/length_mean']:.0f} trunc {row['rollout/truncated_frac']:.0%} | "
+        f"kl {row.get('policy/approx_kl', 0):.4f} ent {row.get('policy/entropy', 0):.2f} "
+        f"clip {clipped:.1%} gn {row.get('policy/grad_norm', 0):.2f} "
+        f"ev {row.get('critic/explained_var', math.nan):.2f} "
+        f"gap {row['mismatch/logp_abs_mean']:.0e} mfu {row['perf/mfu']:.0%} | "
+        f"{row['time/step']:.1f}s = {' + '.join(phases)} | eta {minutes:.0f}m"
+    )
+    if "eval/correct" in row:
+        text += f" | eval {row['eval/correct']:.3f}"
+    return text
