@@ -1,6 +1,7 @@
 """What a run says and writes: without secrets, and whole.
 
-Owns: hiding what looks like a password or a token, printing, and files that are complete or not there.
+Owns: hiding what looks like a password or a token, printing, files that are complete or not there.
+Refuses to know: what is said and written.
 """
 
 import json
@@ -8,22 +9,28 @@ import os
 import re
 from pathlib import Path
 
+# names of environment variables whose values are secrets
 SECRET_NAME = re.compile("TOKEN(?!IZER)|SECRET|PASSW|CREDENTIAL|(API|ACCESS|PRIVATE|AUTH)_?KEY")
 
-SECRET = re.compile(  # tokens of well-known places; in addresses what stands before an @, and keys
-    r"\b(?:hf_|sk-|ghp_|github_pat_|xox[bp]-)\w[\w-]{15,}|(?<=://)[^/\s@\"]+(?=@)|[?&]\w*(?i:token|key)=[^&\s\"]{8,}"
+SECRET = re.compile(
+    r"\b(?:hf_|sk-|ghp_|github_pat_|xox[bp]-)\w[\w-]{15,}"  # tokens of well-known places
+    r"|(?<=://)[^/\s@\"]+(?=@)"  # what stands before an @ in an address
+    r"|[?&]\w*(?i:token|key)=[^&\s\"]{8,}"  # a key in an address
 )
 
 
 def hide(text: str) -> str:
-    """Without values of environment variables that are named like secrets, and without what looks like a token."""
+    """Without values of environment variables that are named like secrets, and without what looks
+    like a token."""
     for name, value in os.environ.items():
         if len(value) >= 8 and SECRET_NAME.search(name.upper()):
-            text = text.replace(value, f"<{name}>").replace(json.dumps(value)[1:-1], f"<{name}>")
+            in_json = json.dumps(value)[1:-1]
+            text = text.replace(value, f"<{name}>").replace(in_json, f"<{name}>")
     return SECRET.sub("<secret>", text)
 
 
 def hidden(flags: dict) -> dict:
+    """The same dictionary as it comes back from JSON, without secrets."""
     return json.loads(hide(json.dumps(flags)))
 
 

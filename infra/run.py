@@ -69,6 +69,7 @@ class Run:
 
         self.config: dict = {}
         self.checkpoint: Path | None = None  # what the run goes on from
+        self.step = 0  # the one that is under way: 1, 2, ...
         self.start = 0  # steps that the weights had at first
         self.done = 0  # ... have had now
         self.saved = 0  # ... had when they were last saved
@@ -134,6 +135,7 @@ class Run:
 
     def begin_step(self, step: int) -> None:
         """Step 1, 2, ...; its clocks start with what saving after the step before took."""
+        self.step = step
         watch.begin_step(step)
         self.meter = dist.Meter()
         self.times = self.times_of_next_step
@@ -142,7 +144,7 @@ class Run:
     @contextmanager
     def phase(self, name: str):
         folder = None
-        if watch.NOW["step"] == self.args.profile and name in ("forward", "update", "sync"):
+        if self.step == self.args.profile and name in ("forward", "update", "sync"):
             folder = self.out / "profile"
         with clock.timed(self.times, name):
             with clock.profiled(folder, f"{name}_rank{self.ranks.rank}"):
@@ -226,14 +228,9 @@ class Run:
         metrics = {}
         if self.history and self.history[-1]["step"] == self.done:
             metrics = self.history[-1]
-        state = {
-            "step": self.done,
-            "metrics": metrics,
-            "config": self.config,
-            "streaks": self.streaks,
-            "best": self.best,
-        }
-        self.saver.save(final, parts, state | self.carried)
+        state = {"step": self.done, "metrics": metrics, "config": self.config}
+        state |= self.carried | {"streaks": self.streaks, "best": self.best}
+        self.saver.save(final, parts, state)
         if wait:
             self.saver.wait()
             self.everywhere(None)  # rank 0 has given it its name

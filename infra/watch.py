@@ -1,6 +1,7 @@
-"""How a run ends when it does not end by itself: signals, hangs, ranks that die, memory that runs out.
+"""How a run ends when it does not end by itself: signals, hangs, dead ranks, memory that runs out.
 
-Owns: where this process is (`NOW`), the thread that tells the other ranks, and the ends that are not ordered.
+Owns: where this process is (`NOW`), the thread that tells the other ranks, and the ends that are
+not ordered.
 Refuses to know: checkpoints, metrics, what a step does.
 """
 
@@ -14,7 +15,8 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field
 from functools import wraps
 from pathlib import Path
 
@@ -22,157 +24,202 @@ import torch.distributed as dist
 
 from infra.log import hide
 
-RANK, WORLD = (
-    int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1))
-)
+RANK = int(os.environ.get("RANK", 0))
+WORLD = int(os.environ.get("WORLD_SIZE", 1))
 
-NOW = {
-    "step": 0,
-    "phase": "setup",
-    "since": time.time(),
-    "beats": 0,
-}  # beats: phases and micro-batches begun
+# ------------------------------------------------------------------------ where this process is
 
 
-def enter(phase: str, step: int | None = None) -> None:
-    """From here on this process is in `phase`."""
-    step = NOW["step"] if step is None else step
-    NOW.update({"phase": phase, "since": time.time(), "step": step, "beats": NOW["beats"] + 1})
-    if Watch.limit:  # for a hang that lets no other thread of Python run, not even the watch
-        signal.setitimer(signal.ITIMER_REAL, 1.5 * Watch.limit)
+@dataclass
+class Now:
+    """Where this process is, and whether it is to end. One object for the whole process, because
+    signals and the watch come from outside of the run. Only this file writes it: the run calls
+    enter, begin_step, saw_length and counted."""
+
+    step: int = 0  # 1, 2, ...; 0 during the set-up
+    phase: str = "setup"
+    since: float = field(default_factory=time.time)  # of the phase or of its newest micro-batch
+    beats: int = 0  # phases and micro-batches begun: what ranks are compared by
+    longest: int = 0  # tokens of the longest sequence of the step
+    stop: str = ""  # why the run is to end at the next safe point
+    stop_asked: float = 0.0  # when that was last asked for, by the monotonic clock
+    started: float = field(default_factory=time.monotonic)  # of this process; for --max_minutes
+    limit: float = 0.0  # seconds that a phase may take; 0: nobody looks
+
+
+NOW = Now()
 
 
 def begin_step(step: int) -> None:
-    NOW["step"] = step
+    NOW.step = step
+
+
+def enter(phase: str) -> None:
+    """From here on this process is in `phase`."""
+    NOW.phase = phase
+    beat()
+
+
+def beat() -> None:
+    """A sign of life."""
+    NOW.since = time.time()
+    NOW.beats += 1
+    if NOW.limit:  # for a hang that lets no other thread of Python run, not even the watch
+        signal.setitimer(signal.ITIMER_REAL, 1.5 * NOW.limit)
 
 
 def saw_length(tokens: int) -> None:
     """How long the longest sequence of the step is: told when memory runs out."""
-    NOW["longest"] = tokens
+    NOW.longest = tokens
 
 
-def counted(items: list):
-    """The items; each that is begun is progress, for the watch."""
+def counted(items: Iterable):
+    """The items; each that is begun is a sign of life."""
     for item in items:
-        enter(NOW["phase"])
+        beat()
         yield item
 
 
-STOP: list[tuple[str, float]] = []  # why the run is to end at the next safe point, and since when
-
-STARTED = time.monotonic()
+# ------------------------------------------------------------------------ ends that are asked for
 
 
-def _signalled(number: int, frame) -> None:
-    name, now = signal.Signals(number).name, time.monotonic()
-    if (
-        STOP and number == signal.SIGINT and now - STOP[-1][1] > 1
-    ):  # torchrun hands a Ctrl-C on: two in a moment
+def ask_to_stop(why: str) -> None:
+    """The first reason is the one that is told."""
+    if not NOW.stop:
+        NOW.stop = why
+    NOW.stop_asked = time.monotonic()
+
+
+def on_signal(number: int, frame) -> None:
+    # torchrun hands a Ctrl-C on: two within a moment are one
+    again = NOW.stop and time.monotonic() - NOW.stop_asked > 1
+    if again and number == signal.SIGINT:
         os._exit(130)
-    if not STOP:
-        os.write(
-            2, f"{name} on rank {RANK}: the run saves and ends at the next safe point\n".encode()
-        )
-    STOP.append((name, now))
+    name = signal.Signals(number).name
+    if not NOW.stop:  # os.write: print is not to be used in a handler
+        text = f"{name} on rank {RANK}: the run saves and ends at the next safe point\n"
+        os.write(2, text.encode())
+    ask_to_stop(name)
 
 
 def stop_reason(max_minutes: float, gather: Callable) -> str:
     """Why the run is to end here, on all ranks alike; or nothing."""
-    if max_minutes and time.monotonic() - STARTED > 60 * max_minutes:
-        STOP.append((f"--max_minutes {max_minutes:g}", time.monotonic()))
-    return next(filter(None, gather(STOP[0][0] if STOP else "")), "")
+    if max_minutes and time.monotonic() - NOW.started > 60 * max_minutes:
+        ask_to_stop(f"--max_minutes {max_minutes:g}")
+    for reason in gather(NOW.stop):
+        if reason:
+            return reason
+    return ""
+
+
+# ---------------------------------------------------------------------------------------- the watch
 
 
 class Watch(threading.Thread):
-    """Tells the other ranks each second where this one is, by a store that torchrun keeps. When a phase takes longer
-    than `minutes`, every rank prints its Python stacks, and rank 0 which ranks are behind. After twice that the run is
-    over, before a collective gives up with less to say. When another rank has failed, this one ends at once."""
-
-    limit = 0.0  # seconds
+    """Tells the other ranks each second where this one is, by a store that torchrun keeps. When a
+    phase takes longer than `minutes`, every rank prints its Python stacks, and rank 0 which ranks
+    are behind. After twice that the run is over, before a collective gives up with less to say.
+    When another rank has failed, this one ends at once."""
 
     def __init__(self, minutes: float):
         super().__init__(daemon=True)
-        Watch.limit, self.ended, self.store = 60 * minutes, threading.Event(), None
+        NOW.limit = 60 * minutes
+        self.ended = threading.Event()
+        self.told = 0.0  # NOW.since of what took too long, when that has been told
+        self.store = None
         if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-            store = dist.TCPStore(
-                os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False
-            )
-            self.store = dist.PrefixStore(
-                f"watch {os.environ['TORCHELASTIC_RESTART_COUNT']}", store
-            )
+            address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+            store = dist.TCPStore(address, port, is_master=False)
+            restarts = os.environ["TORCHELASTIC_RESTART_COUNT"]
+            self.store = dist.PrefixStore(f"watch {restarts}", store)
         self.start()
 
     def run(self) -> None:
-        told = None
-        while not self.ended.wait(min(1.0, self.limit / 8 or 1.0)):
+        pause = 1.0
+        if NOW.limit:
+            pause = min(pause, NOW.limit / 8)
+        while not self.ended.wait(pause):
             try:
-                if (failure := self.failure()) and failure["rank"] != RANK:
-                    time.sleep(0.5)  # its error first
-                    self.leave(
-                        f"rank {RANK}: ended, because rank {failure['rank']} failed first: {failure['error']}"
-                    )
-                if self.store:
-                    self.store.set(
-                        f"rank {RANK}", json.dumps(NOW | {"place": _place(), "heard": time.time()})
-                    )
+                self.meet_the_others()
             except RuntimeError:
                 self.leave(f"rank {RANK}: ended, because torchrun is gone")
-            seconds = time.time() - NOW["since"]
-            if not self.limit or seconds < self.limit:
-                continue
-            text = f"rank {RANK}: phase {NOW['phase']} of step {NOW['step']} takes {seconds:.0f} s"
-            if told != NOW["since"]:
-                told = NOW["since"]
-                signal.setitimer(signal.ITIMER_REAL, 0)
-                print(text, file=sys.stderr, flush=True)
-                signal.pthread_kill(
-                    threading.main_thread().ident, signal.SIGALRM
-                )  # prints its stack
-                time.sleep(0.1)
-                if RANK == 0:
-                    print(hide(self.table()), file=sys.stderr, flush=True)
-            if seconds > 2 * self.limit:
-                self.leave(
-                    f"{text}: given up. If it needs that, raise --stall_minutes\n{self.table()}"
-                )
+            self.look_at_the_clock()
+
+    def meet_the_others(self) -> None:
+        failure = self.failure()
+        if failure and failure["rank"] != RANK:
+            time.sleep(0.5)  # its error first
+            self.leave(
+                f"rank {RANK}: ended, because rank {failure['rank']} failed first: "
+                f"{failure['error']}"
+            )
+        if self.store:
+            news = asdict(NOW) | {"place": place(), "heard": time.time()}
+            self.store.set(f"rank {RANK}", json.dumps(news))
+
+    def look_at_the_clock(self) -> None:
+        since = NOW.since
+        seconds = time.time() - since
+        if not NOW.limit or seconds < NOW.limit:
+            return
+        text = f"rank {RANK}: phase {NOW.phase} of step {NOW.step} takes {seconds:.0f} s"
+        if self.told != since:
+            self.told = since
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            print(text, file=sys.stderr, flush=True)
+            main_thread = threading.main_thread().ident
+            signal.pthread_kill(main_thread, signal.SIGALRM)  # prints its stack
+            time.sleep(0.1)
+            if RANK == 0:
+                print(hide(self.table()), file=sys.stderr, flush=True)
+        if seconds > 2 * NOW.limit:
+            advice = "given up. If it needs that, raise --stall_minutes"
+            self.leave(f"{text}: {advice}\n{self.table()}")
+
+    def read(self, key: str) -> dict:
+        """What a rank has left in the store; nothing, if it has not."""
+        if self.store and self.store.check([key]):
+            return json.loads(self.store.get(key))
+        return {}
 
     def failure(self) -> dict:
         """What the first rank that failed has left in the store."""
-        return (
-            json.loads(self.store.get("failed"))
-            if self.store and self.store.check(["failed"])
-            else {}
-        )
+        return self.read("failed")
 
     def fail(self, error: Exception) -> None:
-        """Ends this rank, with the error if it is the first that failed: interpreters that end in order would wait for
-        collectives that nobody joins."""
-        if failure := self.failure():  # this error comes of a collective that the other has left
+        """Ends this rank, with the error if it is the first that failed: interpreters that end in
+        order would wait for collectives that nobody joins."""
+        failure = self.failure()
+        if failure:  # this error comes of a collective that the other has left
             self.leave(f"rank {RANK}: ended, because rank {failure['rank']} failed first")
-        text = f"rank {RANK} failed first, step {NOW['step']}, phase {NOW['phase']}:\n{traceback.format_exc()}"
-        print(hide(text), file=sys.stderr, flush=True)
+        where = f"rank {RANK} failed first, step {NOW.step}, phase {NOW.phase}:"
+        print(hide(f"{where}\n{traceback.format_exc()}"), file=sys.stderr, flush=True)
         if self.store:
             about = {"rank": RANK, "error": f"{type(error).__name__}: {error}"}
             self.store.compare_set("failed", "", json.dumps(about))
         os._exit(1)
 
     def table(self) -> str:
-        """Where every rank is. Behind are those that have begun least; of equal ones, those that wait for nobody."""
-        keys = [f"rank {rank}" for rank in range(WORLD)] if self.store else []
-        ranks = {key: json.loads(self.store.get(key)) for key in keys if self.store.check([key])}
-        done = {key: (r["beats"], r["place"].endswith(WAITING)) for key, r in ranks.items()}
-        behind = [
-            k for k in keys if k not in ranks or done[k] == min(done.values()) < max(done.values())
-        ]
-        lines = [
-            f"  {key}: step {r['step']}, {r['phase']} for {time.time() - r['since']:.0f} s, in {r['place']}"
-            + (
-                f", silent for {time.time() - r['heard']:.0f} s"
-                if time.time() - r["heard"] > 5
-                else ""
-            )
-            for key, r in ranks.items()
-        ]
+        """Where every rank is. Behind are those that have begun least; of equal ones, those that
+        wait for nobody."""
+        news = {}  # of the ranks that were heard of
+        progress = {}
+        if self.store:
+            for rank in range(WORLD):
+                told = self.read(f"rank {rank}")
+                if told:
+                    news[rank] = told
+                    progress[rank] = (told["beats"], told["place"].endswith(WAITING))
+        least = min(progress.values(), default=None)
+        most = max(progress.values(), default=None)
+        behind = []
+        lines = []
+        for rank in range(WORLD):
+            unheard = self.store and rank not in news
+            if unheard or (least != most and progress[rank] == least):
+                behind.append(f"rank {rank}")
+            if rank in news:
+                lines.append(line_of_table(rank, news[rank]))
         return "\n".join([f"behind the others: {', '.join(behind) or 'no rank'}", *lines])
 
     def leave(self, message: str) -> None:
@@ -181,54 +228,70 @@ class Watch(threading.Thread):
         os._exit(1)
 
 
+def line_of_table(rank: int, told: dict) -> str:
+    now = time.time()
+    seconds = now - told["since"]
+    text = f"  rank {rank}: step {told['step']}, {told['phase']} for {seconds:.0f} s"
+    text += f", in {told['place']}"
+    silent = now - told["heard"]
+    if silent > 5:
+        text += f", silent for {silent:.0f} s"
+    return text
+
+
 ROOT = Path(__file__).resolve().parent.parent
 OURS = {ROOT, ROOT / "infra", ROOT / "verify"}
 WAITING = " (waits for other ranks)"
 
 
-def _place() -> str:
-    """Where the main thread is: the innermost line of ours, the innermost of all, and whether that is a collective."""
+def place() -> str:
+    """Where the main thread is: the innermost line of ours, the innermost of all, and whether that
+    is a collective."""
     stack = traceback.extract_stack(sys._current_frames()[threading.main_thread().ident])
-    own = [frame for frame in stack if Path(frame.filename).parent in OURS] or stack
-    waits = any(
-        "torch/distributed" in f.filename or "torch/autograd" in f.filename for f in stack[-8:]
-    )
-    inner = (
-        f" > {Path(stack[-1].filename).name}:{stack[-1].lineno}" if stack[-1] is not own[-1] else ""
-    )
-    return f"{Path(own[-1].filename).name}:{own[-1].lineno} {own[-1].line}{inner}" + (
-        WAITING if waits else ""
-    )
+    innermost = stack[-1]
+    ours = innermost
+    for frame in stack:
+        if Path(frame.filename).parent in OURS:
+            ours = frame
+    text = f"{Path(ours.filename).name}:{ours.lineno} {ours.line}"
+    if ours is not innermost:
+        text += f" > {Path(innermost.filename).name}:{innermost.lineno}"
+    for frame in stack[-8:]:
+        if "torch/distributed" in frame.filename or "torch/autograd" in frame.filename:
+            return text + WAITING
+    return text
+
+
+# ----------------------------------------------------------------------------------- around a run
 
 
 def watched(train):
-    """`train`, which takes the flags, with a Watch beside it and signals that end the run in order. An error is told
-    once, by the first rank that has one; all others end within seconds."""
+    """`train`, which takes the flags, with a Watch beside it and signals that end the run in order.
+    An error is told once, by the first rank that has one; all others end within seconds."""
 
     @wraps(train)
-    def run(args, *more):
-        before = {
-            number: signal.signal(number, _signalled) for number in (signal.SIGTERM, signal.SIGINT)
-        }
-        STOP.clear()
-        NOW.update(step=0, phase="setup", since=time.time())
-        sys.excepthook = lambda *error: print(
-            hide("".join(traceback.format_exception(*error))), file=sys.stderr
-        )
+    def run(args):
+        before = {}
+        for number in (signal.SIGTERM, signal.SIGINT):
+            before[number] = signal.signal(number, on_signal)
+        NOW.stop = ""
+        begin_step(0)
+        enter("setup")
+        sys.excepthook = print_without_secrets
         # of the main thread alone: a dump of all ends after 100, and rewards.py has more
         faulthandler.register(signal.SIGALRM, file=sys.__stderr__, all_threads=False)
         watch = Watch(args.stall_minutes)
         try:
-            return train(args, *more)
+            return train(args)
         except Exception as error:
-            _explain(error, args)
+            explain(error, args)
             if WORLD > 1:
                 watch.fail(error)
             raise
         finally:
             watch.ended.set()
             watch.join(10)  # a thread inside the store aborts an interpreter that ends
-            Watch.limit = 0.0
+            NOW.limit = 0.0
             signal.setitimer(signal.ITIMER_REAL, 0)
             for number, handler in before.items():
                 signal.signal(number, handler)
@@ -236,27 +299,27 @@ def watched(train):
     return run
 
 
-def _explain(error: Exception, args) -> None:
-    """Out of memory, in the user's words: which phase, how long the sequences were, which flag. Out of disk."""
-    if isinstance(error, OSError) and error.errno in (
-        errno.ENOSPC,
-        errno.EDQUOT,
-        errno.EROFS,
-        errno.EACCES,
-    ):
+def print_without_secrets(kind: type, error: BaseException, trace) -> None:
+    print(hide("".join(traceback.format_exception(kind, error, trace))), file=sys.stderr)
+
+
+NO_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
+
+
+def explain(error: Exception, args) -> None:
+    """Out of memory, in the user's words: which phase, how long the sequences were, which flag. Out
+    of disk."""
+    if isinstance(error, OSError) and error.errno in NO_DISK:
         error.add_note(
             f"{args.out}: what is saved is safe: make room or make it writable, then --resume auto"
         )
-    if re.search(
-        "out of memory|can't allocate memory", str(error)
-    ):  # torch's, or told by an engine that failed
-        sampling = NOW["phase"] in ("setup", "sample", "sync", "report")
-        fix = (
-            "--gpu_memory"
-            if sampling
-            else f"--max_tokens_per_microbatch, now {args.max_tokens_per_microbatch}"
-        )
+    # torch's, or told by an engine that failed
+    if re.search("out of memory|can't allocate memory", str(error)):
+        fix = f"--max_tokens_per_microbatch, now {args.max_tokens_per_microbatch}"
+        if NOW.phase in ("setup", "sample", "sync", "report"):  # the engine is awake
+            fix = "--gpu_memory"
         error.add_note(
-            f"out of memory on rank {RANK} in phase {NOW['phase']} of step {NOW['step']}; the longest sequence had "
-            f"{NOW.get('longest', 0)} tokens: lower {fix}, or --offload a model. --plan says what is needed"
+            f"out of memory on rank {RANK} in phase {NOW.phase} of step {NOW.step}; "
+            f"the longest sequence had {NOW.longest} tokens: "
+            f"lower {fix}, or --offload a model. --plan says what is needed"
         )

@@ -1,0 +1,129 @@
+"""The update that ended a run with a number that is not finite, once more.
+
+    python tools/replay.py runs/NAME/bad_step_N/batch.pt
+    torchrun --nproc_per_node 4 tools/replay.py runs/NAME/bad_step_N/batch.pt   # sharded, as the run
+
+The weights and moments beside the file are those that the failed update began with. So one update
+is all there is to do, without an engine, on one process, under a debugger say. Nothing is written.
+Exit code: 1 when a number is not finite this time, too; 0 when all are.
+
+Owns: reading batch.pt, and saying what in it, or in the update, is not finite.
+Refuses to know: how the batch came to be: its rewards, values and advantages are as recorded.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import ppo  # first: the guard for the name `kernels`
+
+import torch
+from torch.distributed.tensor import DTensor
+from transformers import AutoConfig
+
+import kernels
+import rollout
+from infra import checkpoint, dist, models
+from infra.models import Trained
+from infra.run import not_finite
+
+ALONE = {"sp": 1, "tp": 1, "replicas": 1, "offload": ()}  # flags of one process
+
+
+class Replay:
+    """What the updates of ppo.py ask of a run. Faults are collected and end nothing."""
+
+    def __init__(self, ranks: dist.Ranks):
+        self.ranks = ranks
+        self.meter = dist.Meter()
+        self.faults: list[str] = []
+
+    def progress(self, items):
+        return items
+
+    def check_finite(self, batch, update: dict | None = None, **tensors) -> None:
+        for texts in dist.everywhere(not_finite(**tensors), self.ranks):
+            self.faults += texts
+
+    def say(self, text: str) -> None:
+        if self.ranks.rank == 0:
+            print(text, flush=True)
+
+
+def main(file: Path) -> int:
+    record = torch.load(file, map_location="cpu", weights_only=True)  # runs no code
+    flags = record["args"]
+    if "RANK" not in os.environ:
+        flags |= ALONE
+    args = ppo.Args(**flags)
+    accelerator, ranks = dist.start_ranks(args.bf16, args.sp, args.replicas)
+    run = Replay(ranks)
+    run.say(f"it had ended with: {record['error']}")
+
+    batch = read_batch(record["batch"], accelerator.device)
+    tensors = {name: x for name, x in vars(batch).items() if torch.is_tensor(x)}
+    run.check_finite(batch, **tensors)
+    if record["update"]:
+        do_update(record["update"], batch, args, accelerator, file.parent, run)
+
+    for fault in run.faults:
+        run.say(f"once more: {fault}")
+    if not run.faults:
+        run.say("once more: every number is finite")
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    return int(bool(run.faults))
+
+
+def read_batch(plain: dict, device: torch.device) -> ppo.Batch:
+    """The way back from Batch.plain."""
+    parts = dict(plain)
+    parts["samples"] = [rollout.Sample(*sample) for sample in plain["samples"]]
+    for name, x in plain.items():
+        if torch.is_tensor(x):
+            parts[name] = x.to(device)
+    return ppo.Batch(**parts)
+
+
+def do_update(
+    update: dict, batch: ppo.Batch, args: ppo.Args, accelerator, folder: Path, run: Replay
+) -> None:
+    """`update` as ppo.take_step recorded it; `folder` has the weights and moments."""
+    name, lr, chosen = update["model"], update["lr"], update["chosen"]
+    model_type = AutoConfig.from_pretrained(folder / "policy").model_type
+    kernels.setup(model_type, False, args.bf16, args.attention)
+    trained = load(name, folder, args, accelerator)
+    if name == "policy":
+        ppo.update_policy(trained, lr, batch, chosen, args, run)
+    else:
+        ppo.update_critic(trained, lr, batch, chosen, args, run)
+    norm, _ = run.meter.pairs[f"{name}/grad_norm"].tolist()
+    run.say(f"update of the {name} with {len(chosen)} responses, lr {lr}: gradient norm {norm!r}")
+    weights = {}
+    for key, p in trained.model.named_parameters():
+        weights[f"{name}'s {key}"] = p
+        if isinstance(p, DTensor):
+            weights[f"{name}'s {key}"] = p.to_local()
+    run.check_finite(batch, **weights)
+
+
+def load(name: str, folder: Path, args: ppo.Args, accelerator) -> Trained:
+    """The model and its optimizer, as ppo.load_models makes them."""
+    options = {
+        "accelerator": accelerator,
+        "attention": args.attention,
+        "checkpointing": args.gradient_checkpointing,
+        "offload": name in args.offload,
+    }
+    if name == "policy":
+        model = models.load_policy(folder / name, kernels.LogprobHead, **options)
+    else:
+        model = models.load_critic(folder / name, **options)
+    trained = Trained(model, ppo.make_optimizer(model))
+    checkpoint.load_moments(folder, {name: trained})
+    return trained
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1])))
