@@ -39,16 +39,17 @@ SAVED, DIES = 3, 5  # the step whose checkpoint is hit, and the one in whose pha
 
 def die() -> None:
     """kill -9 of this process, or of all and torchrun, if this rank is meant. Never returns then."""
-    import runs
+    from infra import checkpoint, watch
 
-    if WHO not in ("all", str(runs.RANK)):
+    if WHO not in ("all", str(watch.RANK)):
         return
-    note = {"whole": [path.name for path in runs.checkpoints(OUT)], "begun": BEGUN, "at": time.time()}
-    aside = Path(f"{OUT}.killed.{runs.RANK}")  # when all die, two may write it, and kill each other meanwhile
+    whole = [path.name for path in checkpoint.checkpoints(OUT)]
+    note = {"whole": whole, "begun": BEGUN, "at": time.time()}
+    aside = Path(f"{OUT}.killed.{watch.RANK}")  # when all die, two may write it, and kill each other meanwhile
     aside.write_text(json.dumps(note))
     aside.replace(f"{OUT}.killed")
     others = []
-    if WHO == "all" and runs.WORLD > 1:
+    if WHO == "all" and watch.WORLD > 1:
         launcher = os.getppid()
         below = Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()
         others = [launcher, *(int(pid) for pid in below if int(pid) != os.getpid())]
@@ -89,15 +90,22 @@ def kill(owner: str, name: str, chosen: Callable = always, nth: int = 1, after: 
     setattr(owner, name, call)
 
 
-def kill_phase(phase: str, end: bool, nth: int = 1, step: int = DIES):
-    import runs
+def kill_method(name: str, *how, **more):
+    """As `kill`, of a method of the run."""
+    from infra.run import Run
 
-    original, calls = runs.timed, []
+    kill(Run, name, *how, **more)
+
+
+def kill_phase(phase: str, end: bool, nth: int = 1, step: int = DIES):
+    from infra import clock, watch
+
+    original, calls = clock.timed, []
 
     @contextmanager
     def timed(times, name):
-        calls.extend([1] if (name, runs.NOW["step"]) == (phase, step) else [])
-        hit = name == phase and runs.NOW["step"] == step and len(calls) == nth
+        calls.extend([1] if (name, watch.NOW.step) == (phase, step) else [])
+        hit = name == phase and watch.NOW.step == step and len(calls) == nth
         if hit and not end:
             die()
         with original(times, name):
@@ -105,12 +113,12 @@ def kill_phase(phase: str, end: bool, nth: int = 1, step: int = DIES):
         if hit and end:
             die()
 
-    runs.timed = timed
+    clock.timed = timed
 
 
 def tear(pattern: str, step: int | None = None):
     """Half of what is written to such a file, or to the one that will get its name, is there when the process dies."""
-    import runs
+    from infra import log, watch
 
     pattern = pattern.replace("SAVED", f"step_{SAVED}")
 
@@ -135,10 +143,10 @@ def tear(pattern: str, step: int | None = None):
 
     def opened(path, *how, **more):
         hit = Path(path).match(pattern) or Path(path).match(f"{pattern}.new")
-        hit = hit and how in (("a",), ("w",)) and step in (None, runs.NOW["step"])
+        hit = hit and how in (("a",), ("w",)) and step in (None, watch.NOW.step)
         return Torn(path, *how) if hit else open(path, *how, **more)
 
-    runs.open = opened
+    log.open = opened
 
 
 def named(*names: str) -> Callable:
@@ -152,9 +160,9 @@ def of_saved(path, *_, **__) -> bool:
 
 
 def in_step(step: int, phase: str = "") -> Callable:
-    import runs
+    from infra.watch import NOW
 
-    return lambda *_, **__: runs.NOW["step"] == step and phase in ("", runs.NOW["phase"])
+    return lambda *_, **__: NOW.step == step and phase in ("", NOW.phase)
 
 
 def half_tensors(tensors: dict, file: Path, *_) -> None:
@@ -201,66 +209,66 @@ STAGES = [
     {  # before there is a checkpoint. name: (who may die there, what makes it die)
         "engine start: before": (BOTH, lambda: kill("rollout", "make_sampler")),
         "engine start: after": (BOTH, lambda: kill("rollout", "make_sampler", after=True)),
-        "setup: models are loaded": (BOTH, lambda: kill("runs", "open_folder")),
-        "folder: made, empty": (MAIN, lambda: kill("runs", "write", named("config.json"))),
+        "setup: models are loaded": (BOTH, lambda: kill_method("open")),
+        "folder: made, empty": (MAIN, lambda: kill("infra.run", "write", named("config.json"))),
         "config.json: half": (MAIN, lambda: tear("config.json")),
         "config.json: before its rename": (MAIN, lambda: kill("os", "replace", named("config.json"))),
-        "config.json: after, nothing else": (MAIN, lambda: kill("runs", "write", named("config.json"), after=True)),
+        "config.json: after, nothing else": (MAIN, lambda: kill("infra.run", "write", named("config.json"), after=True)),
         "sources: half a copy": (MAIN, lambda: kill("shutil", "copy", nth=3, first=half_copy)),
-        "first sync": (BOTH, lambda: kill("kernels", "full_weights")),
+        "first sync": (BOTH, lambda: kill("infra.models", "full_weights")),
         "evaluation of step 0": (BOTH, lambda: kill("rewards", "evaluation", in_step(0))),
     },
     {
         "first save: half a file": (BOTH, partial(half_file, 2)),
         "first save: before the rename": (MAIN, lambda: kill("os", "rename", named("step_2"))),
-        "first save: before latest": (MAIN, lambda: kill("runs", "point", named("latest"))),
+        "first save: before latest": (MAIN, lambda: kill("infra.checkpoint", "point", named("latest"))),
         "evaluation of step 3": (BOTH, lambda: kill("rewards", "evaluation", in_step(3))),
     },
     {  # step_2 is there, SAVED is not whole yet
-        "save: folder made": (BOTH, lambda: kill("kernels", "checkpoint_parts", in_step(SAVED))),
-        "save: policy's tensors gathered": (BOTH, lambda: kill("kernels", "full_weights", in_step(SAVED, "save"), 2)),
+        "save: folder made": (BOTH, lambda: kill("infra.checkpoint", "checkpoint_parts", in_step(SAVED))),
+        "save: policy's tensors gathered": (BOTH, lambda: kill("infra.checkpoint", "full_weights", in_step(SAVED, "save"), 2)),
         "save: before the first file": (BOTH, lambda: kill("safetensors.torch", "save_file", into(SAVED))),
         "save: half a file": (BOTH, partial(half_file, SAVED)),
         "save: between files": (BOTH, lambda: kill("safetensors.torch", "save_file", into(SAVED), 2, True)),
-        "save: before the first fsync": (BOTH, lambda: kill("runs", "sync", of_saved)),
-        "save: before the manifest": (BOTH, lambda: kill("runs", "write", named("SAVED.tmp/rank*.json"))),
+        "save: before the first fsync": (BOTH, lambda: kill("infra.checkpoint", "sync", of_saved)),
+        "save: before the manifest": (BOTH, lambda: kill("infra.checkpoint", "write", named("SAVED.tmp/rank*.json"))),
         "save: half the manifest": (BOTH, lambda: tear("SAVED.tmp/rank*.json")),
         "save: manifests deleted": (MAIN, lambda: kill("os", "unlink", named("SAVED.tmp/rank*.json"), after=True)),
-        "save: before state.json": (MAIN, lambda: kill("runs", "write", named("SAVED.tmp/state.json"))),
+        "save: before state.json": (MAIN, lambda: kill("infra.checkpoint", "write", named("SAVED.tmp/state.json"))),
         "save: half of state.json": (MAIN, lambda: tear("SAVED.tmp/state.json")),
         "save: before the rename": (MAIN, lambda: kill("os", "rename", named("SAVED"))),
     },
     {  # SAVED is whole, or rank 0 can still make it so when rank 1 dies
-        "save: after the manifest": (BOTH, lambda: kill("runs", "write", named("SAVED.tmp/rank*.json"), after=True)),
+        "save: after the manifest": (BOTH, lambda: kill("infra.checkpoint", "write", named("SAVED.tmp/rank*.json"), after=True)),
         "save: after the rename": (MAIN, lambda: kill("os", "rename", named("SAVED"), after=True)),
-        "save: before latest": (MAIN, lambda: kill("runs", "point", link_to_saved("latest"))),
+        "save: before latest": (MAIN, lambda: kill("infra.checkpoint", "point", link_to_saved("latest"))),
         "save: latest.new is made": (MAIN, lambda: kill("os", "replace", link_to_saved("latest"))),
-        "save: between latest and best": (MAIN, lambda: kill("runs", "point", link_to_saved("latest"), after=True)),
+        "save: between latest and best": (MAIN, lambda: kill("infra.checkpoint", "point", link_to_saved("latest"), after=True)),
         "save: best.new is made": (MAIN, lambda: kill("os", "replace", link_to_saved("best"))),
         "save: between best and the deletion": (MAIN, lambda: kill("os", "rename", named("step_2.old"))),
         "save: old one renamed": (MAIN, lambda: kill("os", "rename", named("step_2.old"), after=True)),
         "save: old one half deleted": (MAIN, lambda: kill("shutil", "rmtree", named("step_2.old"), first=half_deleted)),
     },
     {  # of a start that goes on from a checkpoint
-        "resume: the checkpoint is read": (BOTH, lambda: kill("runs", "damage", after=True)),
-        "resume: moments are loaded": (BOTH, lambda: kill("kernels", "load_moments", after=True)),
+        "resume: the checkpoint is read": (BOTH, lambda: kill("infra.checkpoint", "damage", after=True)),
+        "resume: moments are loaded": (BOTH, lambda: kill("infra.checkpoint", "load_moments", after=True)),
         "resume: config.json half": (MAIN, lambda: tear("config.json")),
         "resume: metrics.jsonl half cut": (MAIN, lambda: tear("metrics.jsonl")),
-        "resume: metrics.jsonl cut": (MAIN, lambda: kill("runs", "write", named("metrics.jsonl"), after=True)),
+        "resume: metrics.jsonl cut": (MAIN, lambda: kill("infra.run", "write", named("metrics.jsonl"), after=True)),
         "resume: before samples.jsonl's rename": (MAIN, lambda: kill("os", "replace", named("samples.jsonl"))),
-        "resume: folder opened": (BOTH, lambda: kill("runs", "open_folder", after=True)),
-        "resume: first sync": (BOTH, lambda: kill("kernels", "full_weights", after=True)),
+        "resume: folder opened": (BOTH, lambda: kill_method("open", after=True)),
+        "resume: first sync": (BOTH, lambda: kill("infra.models", "full_weights", after=True)),
         "resume: half a file of its save": (BOTH, partial(half_file, 4)),
     },
     {
-        "metrics.jsonl: after, before its save": (BOTH, lambda: kill("runs", "divergence", in_step(4))),
+        "metrics.jsonl: after, before its save": (BOTH, lambda: kill_method("warn_if_diverging", in_step(4))),
         **{f"{p}: begin": (BOTH, partial(kill_phase, p, False)) for p in PHASES},
         **{f"{p}: end": (BOTH, partial(kill_phase, p, True, 2 if p == "reward" else 1)) for p in PHASES},
         "reward: waits for the results": (BOTH, partial(kill_phase, "reward", False, 2)),
-        "update: before the policy's step": (BOTH, lambda: kill("kernels", "optimizer_step", in_step(DIES))),
+        "update: before the policy's step": (BOTH, lambda: kill("infra.models", "optimizer_step", in_step(DIES))),
         "update: policy's, then critic's step": (
-            BOTH, lambda: kill("kernels", "optimizer_step", in_step(DIES), 1, True)),
-        "update: between minibatches": (BOTH, lambda: kill("kernels", "optimizer_step", in_step(DIES), 2, True)),
+            BOTH, lambda: kill("infra.models", "optimizer_step", in_step(DIES), 1, True)),
+        "update: between minibatches": (BOTH, lambda: kill("infra.models", "optimizer_step", in_step(DIES), 2, True)),
         "samples.jsonl: half a line": (MAIN, lambda: tear("samples.jsonl", DIES)),
         "metrics.jsonl: half a line": (MAIN, lambda: tear("metrics.jsonl", DIES)),
     },
@@ -461,14 +469,13 @@ if __name__ == "__main__":
 
     import safetensors.torch  # noqa: F401
 
-    import kernels  # noqa: F401
     import rewards  # noqa: F401
     import rollout  # noqa: F401
-    import runs
+    from infra.checkpoint import Saver
 
     OUT, WHO, BEGUN = given.rest[0], given.who, []
-    saving = runs.Saver.save
-    runs.Saver.save = lambda self, final, *parts: (BEGUN.append(final.name), saving(self, final, *parts))[1]
+    saving = Saver.save
+    Saver.save = lambda self, final, *parts: (BEGUN.append(final.name), saving(self, final, *parts))[1]
     POINTS[given.at][1]()
     flags = sys.argv[sys.argv.index(OUT) + 1 :]
     toy.run(OUT, *flags)

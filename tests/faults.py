@@ -1,5 +1,5 @@
 """python tests/faults.py FAULT OUT [flags of ppo.py]: the toy run of tests/toy.py (with --task: another), with a fault.
-python tests/faults.py FAULT --replay FILE: the same for `ppo.py --replay FILE`.
+python tests/faults.py FAULT --replay FILE: the same for `tools/replay.py FILE`.
 python tests/faults.py jobs RANKS DIR JOB --then JOB ...: one after the other, each a process of its own (with 2 RANKS: of
 torchrun), but forked when all is imported: seconds each. What job 0 says goes to DIR/0.log, with its exit code.
 
@@ -20,12 +20,12 @@ import toy  # first: ppo.py, with its guard for the name `kernels`
 import torch
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-import data
 import kernels
 import ppo
 import rewards
 import rollout
-import runs
+from infra import models, watch
+from tools import replay
 
 HANG = 600  # seconds
 NAN = float("nan")
@@ -37,7 +37,7 @@ def nan_reward(result: list[Future], *_) -> list[Future]:
 
 
 def nan_advantage(result, token_rewards, values, mask, *_):
-    result[0][tuple(mask.nonzero()[0].tolist())] = NAN
+    result[tuple(mask.nonzero()[0].tolist())] = NAN
     return result
 
 
@@ -47,9 +47,10 @@ def nan_answer(result, *_):
     return result
 
 
-def nan_gradient(model, *_) -> None:
+def nan_gradient(trained, *_) -> None:
     """In this rank's shard of one parameter."""
-    shards = [getattr(p.grad, "_local_tensor", p.grad) for p in model.parameters() if p.grad is not None]
+    grads = [p.grad for p in trained.model.parameters() if p.grad is not None]
+    shards = [getattr(grad, "_local_tensor", grad) for grad in grads]
     next(shard for shard in shards if shard.numel()).view(-1)[0] = NAN
 
 
@@ -105,15 +106,15 @@ def interrupt_twice(*_) -> None:
 
 
 def hours_later(*_) -> None:
-    runs.STARTED -= 10 * 3600
+    watch.NOW.started -= 10 * 3600
 
 
-def policy(model, *_) -> bool:
-    return hasattr(model, "lm_head")
+def policy(trained, *_) -> bool:
+    return hasattr(trained.model, "lm_head")
 
 
-def critic(model, *_) -> bool:
-    return not policy(model)
+def critic(trained, *_) -> bool:
+    return not policy(trained)
 
 
 def any_call(*_) -> bool:
@@ -127,12 +128,12 @@ FAULTS = {
     "advantage": ([ppo], "gae", "advantage", None, nan_advantage, any_call),
     "values": ([kernels], "critic_forward", "forward", None, nan_answer, any_call),
     "logprobs": ([kernels], "policy_forward", "forward", None, nan_answer, any_call),
-    "policy-gradient": ([kernels], "optimizer_step", "update", nan_gradient, None, policy),
-    "critic-gradient": ([kernels], "optimizer_step", "update", nan_gradient, None, critic),
+    "policy-gradient": ([models], "optimizer_step", "update", nan_gradient, None, policy),
+    "critic-gradient": ([models], "optimizer_step", "update", nan_gradient, None, critic),
     "synced-weights": (BOTH, "load", "sync", None, nan_weights_after, any_call),
     "engine-weights": (BOTH, "sample", "sample", nan_weights, None, any_call),
     "hang-sample": (BOTH, "sample", "sample", hang, None, any_call),
-    "hang-update": ([kernels], "optimizer_step", "update", hang, None, any_call),
+    "hang-update": ([models], "optimizer_step", "update", hang, None, any_call),
     "hang-microbatch": ([kernels], "policy_forward", "update", hang, None, any_call),
     "hang-in-c": ([kernels], "policy_forward", "update", hang_in_c, None, any_call),
     "raise": ([kernels], "critic_forward", "forward", fail, None, any_call),
@@ -141,9 +142,9 @@ FAULTS = {
     "memory": ([kernels], "critic_forward", "forward", allocate, None, any_call),
     "engine": (BOTH, "sample", "sample", fail, None, any_call),
     "terminate": (BOTH, "sample", "sample", terminate, None, any_call),
-    "interrupt": ([kernels], "optimizer_step", "update", interrupt, None, any_call),
-    "interrupt-twice": ([kernels], "optimizer_step", "update", interrupt_twice, None, any_call),
-    "hours-later": ([kernels], "optimizer_step", "update", hours_later, None, any_call),
+    "interrupt": ([models], "optimizer_step", "update", interrupt, None, any_call),
+    "interrupt-twice": ([models], "optimizer_step", "update", interrupt_twice, None, any_call),
+    "hours-later": ([models], "optimizer_step", "update", hours_later, None, any_call),
 }
 
 
@@ -157,20 +158,22 @@ def planted(fault: str):
         # a function, so that it becomes a method where its owner is a class
         setattr(owner, name, lambda *args, **more: make(original, *args, **more))
 
-    def reported(function, model, *args):
-        norm = function(model, *args)
-        if runs.RANK == 0:
-            print("update", runs.NOW["step"], "policy" if policy(model) else "critic", norm.item().hex(), flush=True)
+    def reported(function, trained, *args):
+        norm = function(trained, *args)
+        if watch.RANK == 0:
+            name = "policy" if policy(trained) else "critic"
+            print("update", watch.NOW.step, name, norm.item().hex(), flush=True)
         return norm
 
-    wrap(kernels, "optimizer_step", reported)
+    wrap(models, "optimizer_step", reported)
     name, step, rank, call = (fault.split(":") + ["1"])[:4] if fault != "none" else ("", "0", "0", "1")
     if name:
         owners, function, phase, first, then, mine = FAULTS[name]
         calls = [0]
 
         def faulty(function, *args, **more):
-            now = runs.NOW["phase"] == phase and runs.NOW["step"] == int(step) and rank in ("*", str(runs.RANK))
+            now = watch.NOW.phase == phase and watch.NOW.step == int(step)
+            now = now and rank in ("*", str(watch.RANK))
             now = now and mine(*args)
             calls[0] += now
             now = now and (calls[0] == int(call.rstrip("+")) or (call.endswith("+") and calls[0] >= int(call[:-1])))
@@ -196,17 +199,18 @@ def run(fault: str, out: str, *flags: str) -> list[dict]:
         return toy.run(out, *flags)
 
 
-def replay(fault: str, file: str) -> None:
-    data.TASKS["toy"], rewards.REWARDS["toy"] = toy.load_toy, toy.toy
+def once_more(fault: str, file: str) -> None:
+    """The update is of the step that bad_step_N is named by, as far as the fault is concerned."""
+    watch.begin_step(int(Path(file).parent.name.removeprefix("bad_step_")))
+    watch.enter("update")
     with planted(fault):
-        flags, record = rollout.load_record(Path(file))
-        ppo.train(ppo.Args(**flags), record)
+        sys.exit(replay.main(Path(file)))
 
 
 def work(*job: str) -> None:
     # numbers that modules keep were read when they were imported, in another process
-    runs.RANK, runs.WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    replay(job[0], job[2]) if job[1] == "--replay" else run(*job)
+    watch.RANK, watch.WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    once_more(job[0], job[2]) if job[1] == "--replay" else run(*job)
 
 
 def main(ranks: int, logs: str, *words: str) -> None:

@@ -61,23 +61,23 @@ def worker(out: str, flags: list[str]) -> None:
     import data
     import ppo
     import rewards
-    import runs
+    from infra import run, watch
 
     data.TASKS["toy"], rewards.REWARDS["toy"] = toy.load_toy, toy.toy
-    ask = runs.divergence
-    runs.GUARDS.clear()  # what is learnt is not the question: once the toy is solved all rewards are equal
-    record = open(f"{out}.rank{runs.RANK}.jsonl", "w")
+    ask = run.Run.warn_if_diverging
+    run.GUARDS.clear()  # what is learnt is not the question: once the toy is solved all rewards are equal
+    record = open(f"{out}.rank{watch.RANK}.jsonl", "w")
 
-    def look(row: dict, *rest, **more) -> list[str]:
+    def look(self, row: dict, young: bool) -> None:
         now = {"step": row["step"], **state()}
         record.write(json.dumps(now) + "\n")
         record.flush()
         if row["step"] % 100 == 0:
-            print(f"rank {runs.RANK} of {runs.WORLD}  step {row['step']:5d}  {now['rss_mb']:7.1f} MB  " +
+            print(f"rank {watch.RANK} of {watch.WORLD}  step {row['step']:5d}  {now['rss_mb']:7.1f} MB  " +
                   "  ".join(f"{now[name]:3d} {name}" for name in COUNTS), file=sys.stderr, flush=True)  # fmt: skip
-        return ask(row, *rest, **more)
+        ask(self, row, young)
 
-    runs.divergence = look
+    run.Run.warn_if_diverging = look
     ppo.train(ppo.parse_args(["--out", out, *flags]))
 
 

@@ -19,7 +19,8 @@ import pytest
 import torch.distributed as dist
 import toy
 
-import runs
+from infra import checkpoint, watch
+from infra.checkpoint import damage, read_state
 
 KL = ["--kl_coef", 0.1, "--kl_target", 0.01]  # one more state to lose
 
@@ -76,9 +77,10 @@ def test_the_watch_ends_before_the_run(monkeypatch):
     env = {"TORCHELASTIC_USE_AGENT_STORE": True, "TORCHELASTIC_RESTART_COUNT": 0, "MASTER_ADDR": "127.0.0.1"}
     for name, value in (env | {"MASTER_PORT": store.port}).items():
         monkeypatch.setenv(name, str(value))
-    monkeypatch.setattr(runs, "_place", lambda: asked.set() or time.sleep(1) or "a busy place")
-    runs.watched(lambda args: asked.wait(60))(argparse.Namespace(stall_minutes=1.0))
-    assert asked.is_set() and not [thread for thread in threading.enumerate() if isinstance(thread, runs.Watch)]
+    monkeypatch.setattr(watch, "place", lambda: asked.set() or time.sleep(1) or "a busy place")
+    watch.watched(lambda args: asked.wait(60))(argparse.Namespace(stall_minutes=1.0))
+    watches = [thread for thread in threading.enumerate() if isinstance(thread, watch.Watch)]
+    assert asked.is_set() and not watches
 
 
 # ------------------------------------------------------------------------------------------------------ damaged files
@@ -142,18 +144,18 @@ def test_a_damaged_checkpoint_is_not_used(tmp_path, model, saved, capsys, name):
     assert {step: digests(out / "checkpoints" / f"step_{step}") for step in after} == after
     whole = [crash.timeless(json.loads(text)) for text in open(saved / "metrics.jsonl")]
     assert [crash.timeless(row) for row in rows] == whole
-    assert not runs.damage(out / "checkpoints" / "latest") and os.readlink(out / "checkpoints" / "latest") == "step_4"
+    assert not damage(out / "checkpoints" / "latest") and os.readlink(out / "checkpoints" / "latest") == "step_4"
 
 
 def test_a_step_may_go_bad_twice(tmp_path, model, monkeypatch):
     """Guards the error's name and the dump of a run that ends at the same number after a resume. (Once the second end
     was an OSError: bad_step_1 existed.)"""
-    monkeypatch.setattr(toy, "toy", lambda text, row: {"reward": float("nan"), "correct": 0.0, "status": "ok"})
+    monkeypatch.setattr(toy, "toy", lambda text, row, rules=None: {"reward": float("nan"), "correct": 0.0, "status": "ok"})
     for _ in range(2):
         with pytest.raises(FloatingPointError, match="step 1: .*rewards"):
             resume(tmp_path / "run", model)
         bad = tmp_path / "run" / "bad_step_1"
-        assert not runs.damage(bad) and (bad / "batch.pt").exists()
+        assert not damage(bad) and (bad / "batch.pt").exists()
 
 
 def test_leftovers_of_an_end_are_removed(tmp_path, model, saved, capsys):
@@ -163,7 +165,7 @@ def test_leftovers_of_an_end_are_removed(tmp_path, model, saved, capsys):
     shutil.copytree(saved, out, symlinks=True)
     shutil.copytree(out / "checkpoints" / "step_2", out / "checkpoints" / "step_1.tmp")
     shutil.copytree(out / "checkpoints" / "step_2", out / "checkpoints" / "step_1.old")
-    runs.point(out / "checkpoints" / "latest", "step_3")
+    checkpoint.point(out / "checkpoints" / "latest", "step_3")
     assert resume(out, model) == [] and "nothing is left to do" in capsys.readouterr().out
     assert sorted(os.listdir(out / "checkpoints")) == ["latest", "step_2", "step_3", "step_4"]
     assert os.readlink(out / "checkpoints" / "latest") == "step_4"
@@ -172,20 +174,20 @@ def test_leftovers_of_an_end_are_removed(tmp_path, model, saved, capsys):
 def test_no_flipped_bit_gets_through(tmp_path, saved):
     """Guards the seal of state.json, which holds the digests of all other files: of random bits flipped in it, each is
     noticed, or it is one that changes nothing (a space for a tab)."""
-    checkpoint, rng = tmp_path / "step_4", random.Random(0)
-    shutil.copytree(saved / "checkpoints" / "step_4", checkpoint)
-    path, state = checkpoint / "state.json", runs.read_state(checkpoint)
-    assert not runs.damage(checkpoint)
+    copy, rng = tmp_path / "step_4", random.Random(0)
+    shutil.copytree(saved / "checkpoints" / "step_4", copy)
+    path, state = copy / "state.json", read_state(copy)
+    assert not damage(copy)
     for bit in (rng.randrange(8 * path.stat().st_size) for _ in range(400)):
         flip(path, bit)
-        assert runs.damage(checkpoint) or runs.read_state(checkpoint) == state, bit
+        assert damage(copy) or read_state(copy) == state, bit
         flip(path, bit)
-    for name in runs.read_state(checkpoint)["files"]:
-        bit = rng.randrange(8 * (checkpoint / name).stat().st_size)
-        flip(checkpoint / name, bit)
-        assert runs.damage(checkpoint) == [f"{name} is not what was written"]
-        flip(checkpoint / name, bit)
-    assert not runs.damage(checkpoint)
+    for name in read_state(copy)["files"]:
+        bit = rng.randrange(8 * (copy / name).stat().st_size)
+        flip(copy / name, bit)
+        assert damage(copy) == [f"{name} is not what was written"]
+        flip(copy / name, bit)
+    assert not damage(copy)
 
 
 def test_every_shard_is_listed(whole):

@@ -32,8 +32,9 @@ def main(*jobs: str) -> None:
     import ppo
     import rewards
     import rollout
+    from infra import watch
 
-    def letters(text: str, row: dict) -> dict:
+    def letters(text: str, row: dict, rules=None) -> dict:
         right = zlib.crc32(text.encode()) % 2
         return {"reward": len(text) / 100 + right, "correct": float(right), "status": "ok" if right else "wrong"}
 
@@ -42,12 +43,12 @@ def main(*jobs: str) -> None:
     for flags in map(json.loads, jobs):
         args = ppo.parse_args(flags)
 
-        def recorded(step, rows, texts, samples, scored, *more, out=args.out, **numbers):
+        def recorded(step, rows, samples, texts, scored, *more, out=args.out, **numbers):
             with open(f"{out}.ids.jsonl", "a") as file:
                 file.write(json.dumps([[row["ids"], s.ids] for row, s in zip(rows, samples)]) + "\n")
-            return records(step, rows, texts, samples, scored, *more, **numbers)
+            return records(step, rows, samples, texts, scored, *more, **numbers)
 
-        rollout.records = recorded if ppo.runs.RANK == 0 else records
+        rollout.records = recorded if watch.RANK == 0 else records
         ppo.train(args)
 
 

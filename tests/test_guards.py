@@ -3,8 +3,10 @@
 tests/faults.py plants them into toy runs. They all go in one fixture, as three rows of jobs side by side: one process
 after the other, one job of torchrun after the other, and those that hang. The tests read what they left.
 """
+import argparse
 import json
 import os
+import random
 import re
 import secrets
 import subprocess
@@ -18,7 +20,9 @@ import torch
 from safetensors.torch import load_file
 from test_train import ROOT, TWO, metrics, numbers, start
 
-import runs
+from infra import run
+from infra.checkpoint import Saver, checkpoints, damage, read_state
+from infra.dist import Ranks
 
 STEPS = ["--steps", 3, "--save_every", 1, "--prompts_per_step", 16, "--minibatch_size", 8, "--lr", 1e-3]
 ONE_UPDATE = ["--ppo_epochs", 1, "--minibatch_size", 16]
@@ -49,7 +53,6 @@ ALONE = {  # one process; {name} is the run folder of another job
     "good-one": ["none", *ONE_UPDATE],
     **{name: [f"{name}:2:0{LATE.get(name, '')}"] for name in NANS},
     **{f"{name}-again": again(name) for name in NANS},
-    "advantage-still": ["advantage:2:0", *again("advantage")[1:]],
     "critic-gradient-still": ["critic-gradient:2:0", *again("critic-gradient")[1:]],
     "one-update": ["critic-gradient:2:0", *ONE_UPDATE],
     "one-update-again": again("one-update"),
@@ -78,6 +81,7 @@ RANKS = {  # two ranks
     "two-values": ["values:2:1"],
     "two-policy-gradient": ["policy-gradient:2:1:2"],
     "two-policy-gradient-again": again("two-policy-gradient"),
+    "two-policy-gradient-still": ["policy-gradient:2:1", *again("two-policy-gradient")[1:]],
     "two-critic-gradient": ["critic-gradient:2:1:2"],
     "two-synced-weights": ["synced-weights:2:1"],
     "two-terminate": ["terminate:2:*"],
@@ -158,6 +162,11 @@ def kill_when_told(folder: Path, process: subprocess.Popen) -> None:
     os.kill(int(children[0]), 9)
 
 
+def contents(folder: Path) -> dict[str, bytes]:
+    """Of every file below."""
+    return {str(path): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
 def weights(folder: Path) -> dict[str, torch.Tensor]:
     """All tensors of a checkpoint, whoever wrote them: of policy and critic, and moments."""
     files = sorted(folder.rglob("*.safetensors"))
@@ -171,6 +180,44 @@ def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 
 
 # ---------------------------------------------------------------------------------------------------------------- NaN
+
+LEARNING_RATES = {"policy": 1e-3, "critic": 3e-3}
+
+
+def taken_before(name: str) -> dict[str, int]:
+    """Updates of step 2 that were taken before the one that failed: the second of a model, the policy's being first."""
+    return {"policy": 2 if "critic" in name else 1, "critic": 1}
+
+
+def ended_with(job: Job, step: int = 2) -> str:
+    """What was wrong with the numbers of a run that has ended."""
+    found = re.findall(rf"^FloatingPointError: step {step}: (.*): nothing was", job.text, re.MULTILINE)
+    assert len(set(found)) == 1, job.text[-2000:]
+    return found[0]
+
+
+def replayed(job: Job) -> tuple[list[str], list[float]]:
+    """What a replay found that is not finite, and the gradient norms of its updates, of which there is at most one."""
+    said = re.findall("^once more: (.*)$", job.text, re.MULTILINE)
+    finite = said == ["every number is finite"]
+    assert job.code == (not finite) and said, job.text[-2000:]
+    norms = re.findall("gradient norm (.*)$", job.text, re.MULTILINE)
+    return [] if finite else said, [float(norm) for norm in norms]
+
+
+def exact(update: str) -> float:
+    """The norm of `update STEP MODEL NORM`, to the last bit."""
+    return float.fromhex(update.split()[-1])
+
+
+NAMES = {"scores": "rewards", "old_values": "values"}  # of fields of Batch, as a run says them
+
+
+def as_run_says(text: str) -> str:
+    rank, _, rest = text.partition(", ")
+    field, _, what = rest.partition(": ")
+    return f"{rank}, {NAMES.get(field, field)}: {what}"
+
 
 SAID = {  # what the message has to name
     "reward": "rewards: 1 of 16 not finite, first at",
@@ -193,55 +240,77 @@ def test_nan_is_caught_before_the_weights(ended, name):
     assert error.startswith("step 2: ") and f"rank {rank}, {SAID[fault]}" in error, error
     (row,) = metrics(job.out)
     assert row["step"] == 1 and numbers(row) == numbers(metrics(good.out)[0])
-    (checkpoint,) = runs.checkpoints(job.out)
-    assert checkpoint.name == "step_1" and not runs.damage(checkpoint)
+    (checkpoint,) = checkpoints(job.out)
+    assert checkpoint.name == "step_1" and not damage(checkpoint)
     assert equal(weights(job.out / "checkpoints" / "latest"), before := weights(good.out / "checkpoints" / "step_1"))
     bad = job.out / "bad_step_2"
-    assert runs.read_state(bad)["step"] == 1 and not runs.damage(bad)
-    taken = torch.load(bad / "batch.pt", weights_only=True)["taken"]
+    assert read_state(bad)["step"] == 1 and not damage(bad)
+    update = torch.load(bad / "batch.pt", weights_only=True)["update"]
     if "gradient" in name:  # the first update of the step had been taken, the second was not
-        assert taken == {"policy": 2 if "critic" in name else 1, "critic": 1}
+        model, taken = name.split("-")[-2], taken_before(name)
+        second = random.Random("0 1 0").sample(range(16), 16)[8:]
+        assert update == {"model": model, "chosen": second, "lr": LEARNING_RATES[model]}
         whole = good.updates(2)
-        assert job.updates(2) == [*whole[: sum(taken.values())], f"{name.split('-')[-2]} nan"]
+        assert job.updates(2) == [*whole[: sum(taken.values())], f"{model} nan"]
         steps = {x.item() for k, x in weights(bad).items() if k.endswith(".step")}
         assert steps == {4.0 + n for n in taken.values()}
     else:
+        assert update is None
         assert equal(weights(bad), before) and not job.updates(2)
 
 
 @pytest.mark.parametrize("name", [*NANS, "two-policy-gradient"])
 def test_replay(ended, name):
-    """Guards --replay: it shows the fault again when that is in what was recorded, and without it does exactly what the
-    run would have done, from the update at which it ended, without an engine."""
+    """Guards tools/replay.py: it shows the fault again when that is in what was recorded, and without it does exactly
+    the update that the run would have done, without an engine; nothing is written."""
     job, once_more = ended[name], ended[f"{name}-again"]
-    good = ended["two-good" if "two" in name else "good"]
-    (error,) = set(re.findall(r"^FloatingPointError: (step 2: .*): nothing was", job.text, re.MULTILINE))
-    if name in ("reward", "engine-weights"):  # in the data
-        assert once_more.code != 0
-        said = re.findall(r"^FloatingPointError: (step 2: .*): nothing was", once_more.text, re.MULTILINE)
-        assert set(said) == {error}
-    else:
-        assert once_more.code == 0, once_more.text[-2000:]
-        assert f"step 2 once more: every number is finite. It had ended with: {error}" in once_more.text
-        done = sum(torch.load(job.out / "bad_step_2" / "batch.pt", weights_only=True)["taken"].values())
-        assert once_more.updates(2) == good.updates(2)[done:] and not once_more.updates(3)
-    assert [path.name for path in runs.checkpoints(job.out)] == ["step_1"] and len(metrics(job.out)) == 1
+    good, error = ended["two-good" if "two" in name else "good"], ended_with(ended[name])
+    assert f"it had ended with: step 2: {error}: nothing was" in once_more.text
+    found, norms = replayed(once_more)
+    if "gradient" in name:
+        done = sum(taken_before(name).values())
+        assert not found and once_more.updates(2) == good.updates(2)[done : done + 1]
+        assert norms == [exact(good.updates(2)[done])]
+    else:  # in the data
+        assert [as_run_says(text) for text in found] == error.split("; ")
+        assert not norms and not once_more.updates(2)
+    assert [path.name for path in checkpoints(job.out)] == ["step_1"] and len(metrics(job.out)) == 1
 
 
-@pytest.mark.parametrize("name", ["advantage", "critic-gradient"])
+def test_replay_writes_nothing(ended, tmp_path):
+    """Guards what is left of a run: replays of it, in all ways, leave every file as it was."""
+    bad = {name: ended[name].out / "bad_step_2" for name in ("reward", "two-policy-gradient")}
+    before = {name: contents(folder.parent) for name, folder in bad.items()}
+    running = {name: start(["tools/replay.py"], folder / "batch.pt") for name, folder in bad.items()}
+    said = {name: (process.communicate(timeout=200)[0], process.returncode) for name, process in running.items()}
+    assert [said[name][1] for name in bad] == [1, 0], said
+    for name, folder in bad.items():
+        assert contents(folder.parent) == before[name]
+
+
+@pytest.mark.parametrize("name", ["critic-gradient", "two-policy-gradient"])
 def test_replay_with_the_fault(ended, name):
-    """Guards --replay against calling finite what is not: with the cause still in the code it ends as the run did."""
-    error = set(re.findall(r"^FloatingPointError: (.*): nothing was", ended[name].text, re.MULTILINE))
-    assert ended[f"{name}-still"].code != 0
-    still = re.findall(r"^FloatingPointError: (.*): nothing was", ended[f"{name}-still"].text, re.MULTILINE)
-    assert set(still) == error
+    """Guards tools/replay.py against calling finite what is not: with the cause still in the code it says what the run
+    did, on as many ranks."""
+    found, norms = replayed(ended[f"{name}-still"])
+    assert "; ".join(found[:4]) == ended_with(ended[name])
+    assert len(norms) == 1 and norms[0] != norms[0]
+
+
+def test_replay_on_ranks(ended):
+    """Guards the replay that is sharded as the run was: the same update, bit for bit."""
+    found, norms = replayed(ended["two-policy-gradient-again"])
+    assert not found and norms == [exact(ended["two-good"].updates(2)[2])]
 
 
 def test_replay_of_one_update(ended):
     """Guards the replay where the policy had its only update and the critic's failed: there are no old log-probs."""
     job, once_more = ended["one-update"], ended["one-update-again"]
-    assert torch.load(job.out / "bad_step_2" / "batch.pt", weights_only=True)["taken"] == {"policy": 1, "critic": 0}
-    assert once_more.code == 0 and once_more.updates(2) == ended["good-one"].updates(2)[1:]
+    record = torch.load(job.out / "bad_step_2" / "batch.pt", weights_only=True)
+    assert record["update"]["model"] == "critic" and record["batch"]["old_logprobs"] is None
+    found, norms = replayed(once_more)
+    assert not found and once_more.updates(2) == ended["good-one"].updates(2)[1:2]
+    assert norms == [exact(ended["good-one"].updates(2)[1])]
 
 
 @pytest.mark.parametrize("name", ["synced-weights", "two-synced-weights"])
@@ -249,11 +318,12 @@ def test_nan_in_the_new_weights_of_an_engine(ended, name):
     """Guards the sync: the fresh answers that prove it are not finite, and are what is kept."""
     job, rank = ended[name], int("two" in name)
     assert job.code != 0 and re.search(rf"FloatingPointError: step 3: rank {0}, engine_logprobs: ", job.text)
-    assert [path.name for path in runs.checkpoints(job.out)] == ["step_1"] and len(metrics(job.out)) == 1
+    assert [path.name for path in checkpoints(job.out)] == ["step_1"] and len(metrics(job.out)) == 1
     good = ended["two-good" if rank else "good"]
     assert equal(weights(job.out / "bad_step_3"), weights(good.out / "checkpoints" / "step_2"))
     if not rank:
-        assert ended[f"{name}-again"].code != 0 and "engine_logprobs: " in ended[f"{name}-again"].text
+        found, norms = replayed(ended[f"{name}-again"])
+        assert "; ".join(found) == ended_with(job, step=3) and not norms
 
 
 # -------------------------------------------------------------------------------------------------- hangs and errors
@@ -330,14 +400,14 @@ def test_a_second_interrupt_leaves_at_once(ended):
 def test_saves_by_the_clock_and_keeps_the_last(ended):
     """Guards --save_minutes and --keep_last."""
     job = ended["save-minutes"]
-    assert job.code == 0 and [path.name for path in runs.checkpoints(job.out)] == ["step_3", "step_2"]
+    assert job.code == 0 and [path.name for path in checkpoints(job.out)] == ["step_3", "step_2"]
     assert os.readlink(job.out / "checkpoints" / "latest") == "step_3"
 
 
 def test_keeps_the_best(tmp_path):
     """Guards --keep_best: the best one by its metric outlives the newer ones, and the links follow."""
     (tmp_path / "checkpoints").mkdir()
-    saver = runs.Saver(tmp_path, keep_last=2, keep_best="eval/correct")
+    saver = Saver(tmp_path, keep_last=2, keep_best="eval/correct")
     values = [0.1, 0.5, 0.2, None, 0.4, 0.5, 0.3, 0.1]
     kept = []
     for step, value in enumerate(values, 1):
@@ -346,7 +416,7 @@ def test_keeps_the_best(tmp_path):
         row = {"step": step} | ({} if value is None else {"eval/correct": value})
         saver.save(final, {"policy/model.safetensors": {"x": torch.ones(2)}}, {"step": step, "metrics": row})
         saver.wait()
-        kept.append(sorted(int(path.name[5:]) for path in runs.checkpoints(tmp_path)))
+        kept.append(sorted(int(path.name[5:]) for path in checkpoints(tmp_path)))
         assert os.readlink(tmp_path / "checkpoints" / "latest") == f"step_{step}"
         best = max(v for v in values[:step] if v is not None)
         linked = int(os.readlink(tmp_path / "checkpoints" / "best")[5:])
@@ -373,7 +443,7 @@ def test_an_engine_that_fails_twice(ended, name):
     error += f"rank {int('two' in name)}: ValueError"
     assert job.code != 0 and error in job.text
     if name == "two-engine-twice":
-        assert [path.name for path in runs.checkpoints(job.out)] == ["step_1"]
+        assert [path.name for path in checkpoints(job.out)] == ["step_1"]
     else:
         assert ended["engine-twice-resumed"].code == 0 and "steps 1 to 3" in ended["engine-twice-resumed"].text
         assert [numbers(row) for row in metrics(job.out)] == [numbers(row) for row in metrics(ended["good"].out)]
@@ -435,21 +505,36 @@ def rows_of(name: str, *values: float) -> list[dict]:
     return [{"step": step, name: value} for step, value in enumerate(values, 1)]
 
 
-def told_of(row: dict, streaks: dict[str, int], young: bool = False, kept=None) -> list[str]:
-    return runs.divergence(row, streaks, young, lambda name, wait: kept.append(name))
+class Quiet(run.Run):
+    """A run that writes nothing: it remembers what it would have said and saved."""
+
+    def __init__(self):
+        super().__init__(argparse.Namespace(out="nowhere", keep_last=0, keep_best=""), Ranks())
+        self.told, self.kept = [], []
+
+    def say(self, text: str) -> None:
+        self.told.append(text)
+
+    def save(self, name: str, wait: bool = False) -> None:
+        self.kept.append(name)
+
+    def told_of(self, row: dict, young: bool = False) -> list[str]:
+        before = len(self.told)
+        self.warn_if_diverging(row, young)
+        return self.told[before:]
 
 
 def test_divergence_warns_then_stops():
     """Guards against warnings at every step, and against runs that go on for days with a dead policy."""
-    streaks: dict[str, int] = {}
-    told = [told_of(row, streaks) for row in rows_of("policy/approx_kl", *[0.5] * 12, 0.1, 0.5)]
+    quiet = Quiet()
+    told = [quiet.told_of(row) for row in rows_of("policy/approx_kl", *[0.5] * 12, 0.1, 0.5)]
     assert [step for step, found in enumerate(told, 1) if found] == [1, 10, 14]
-    assert "policy/approx_kl is 0.5, 10 steps in a row" in told[9][0] and "stops after 20" in told[9][0]
-    kept: list[str] = []
+    assert told[9][0].startswith("warning: step 10: policy/approx_kl is 0.5, 10 steps in a row: ")
+    assert "stops after 20" in told[9][0] and not quiet.kept
     with pytest.raises(RuntimeError, match="policy/approx_kl is 0.5, 20 steps in a row"):
         for row in rows_of("policy/approx_kl", *[0.5] * 19):
-            told_of(row, streaks, kept=kept)
-    assert streaks["policy/approx_kl"] == 20 and kept == ["stopped_step_19"]
+            quiet.told_of(row)
+    assert quiet.streaks["policy/approx_kl"] == 20 and quiet.kept == ["stopped_step_19"]
 
 
 @pytest.mark.parametrize(
@@ -459,15 +544,16 @@ def test_divergence_warns_then_stops():
 )  # fmt: skip
 def test_divergence_by_name(name, bad, good):
     """Guards each of the thresholds, by sides; and a young critic, that may be wrong."""
-    assert told_of({"step": 1, name: bad}, {}) and not told_of({"step": 1, name: good}, {})
-    assert bool(told_of({"step": 1, name: bad}, {}, young=True)) == (not name.startswith("critic/"))
+    assert Quiet().told_of({"step": 1, name: bad}) and not Quiet().told_of({"step": 1, name: good})
+    young = Quiet().told_of({"step": 1, name: bad}, young=True)
+    assert bool(young) == (not name.startswith("critic/"))
 
 
 def test_a_diverged_run_leaves_its_weights(folder, tmp_path, monkeypatch):
     """Guards days of work without a checkpoint, and the good checkpoints against the weights that went wrong."""
     import toy
 
-    monkeypatch.setattr(runs, "GUARDS", {"reward/std": (lambda x: True, 2, "so we say")})
+    monkeypatch.setattr(run, "GUARDS", {"reward/std": (lambda x: True, 2, "so we say")})
     with pytest.raises(RuntimeError, match="so we say. Stopped"):
         toy.run(str(tmp_path / "run"), "--model", str(folder / "model"), *map(str, STEPS), "--save_every", "0")
     assert weights(tmp_path / "run" / "stopped_step_2")
@@ -478,9 +564,9 @@ def test_streaks_survive_a_resume(folder, tmp_path, monkeypatch):
     """Guards the count of bad steps in a row against starting again with every preemption."""
     import toy
 
-    monkeypatch.setitem(runs.GUARDS, "critic/value_mean", (lambda x: True, 4, "planted"))
-    old = runs.divergence  # without mercy for a young critic
-    monkeypatch.setattr(runs, "divergence", lambda row, streaks, young, keep: old(row, streaks, False, keep))
+    monkeypatch.setitem(run.GUARDS, "critic/value_mean", (lambda x: True, 4, "planted"))
+    old = run.Run.warn_if_diverging  # without mercy for a young critic
+    monkeypatch.setattr(run.Run, "warn_if_diverging", lambda self, row, young: old(self, row, False))
     flags = ["--model", str(folder / "model"), *map(str, STEPS)]
     toy.run(str(tmp_path / "run"), *flags, "--steps", "2")
     with pytest.raises(RuntimeError, match="step 4: critic/value_mean is .*, 4 steps in a row"):
@@ -511,9 +597,9 @@ def test_pickled_weights_are_refused(folder, tmp_path, engine, hostile):
     (model / "model.safetensors").unlink()
     torch.save(tensors | ({"x": Payload(ran)} if hostile else {}), model / "pytorch_model.bin")
     command = [sys.executable, "tests/toy.py", tmp_path / "run", "--model", model, "--steps", 1, "--engine", engine]
-    run = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True, timeout=200)
-    assert run.returncode != 0 and not ran.exists()
-    assert re.search("no file named model.safetensors|Cannot find any model weights", run.stderr), run.stderr[-2000:]
+    done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True, timeout=200)
+    assert done.returncode != 0 and not ran.exists()
+    assert re.search("no file named model.safetensors|Cannot find any model weights", done.stderr), done.stderr[-2000:]
 
 
 @pytest.mark.parametrize("kind", ["qwen2", "unheard-of"])
@@ -553,16 +639,16 @@ def test_vllm(tmp_path, tiny):
     commands = {
         "nan": ["tests/faults.py", "engine-weights:2:0", tmp_path / "nan", *flags],
         "good": ["-m", *TWO[1:], "tests/faults.py", "none", tmp_path / "good", *flags],
-        "again": ["ppo.py", "--replay", tmp_path / "nan" / "bad_step_2" / "batch.pt"],
+        "again": ["tools/replay.py", tmp_path / "nan" / "bad_step_2" / "batch.pt"],
         "engine": ["-m", *TWO[1:], "tests/faults.py", "engine:2:1", tmp_path / "engine", *flags],
     }
     said = {}
     for pair in (["nan", "good"], ["again", "engine"]):
         running = {name: start([], *commands[name]) for name in pair}
         said |= {name: (process.communicate(timeout=300)[0], process.returncode) for name, process in running.items()}
-    for name in ("nan", "again"):
-        assert said[name][1] != 0 and "FloatingPointError: step 2: rank 0, engine_logprobs: " in said[name][0]
-    assert [path.name for path in runs.checkpoints(tmp_path / "nan")] == [] and len(metrics(tmp_path / "nan")) == 1
+    assert said["nan"][1] != 0 and "FloatingPointError: step 2: rank 0, engine_logprobs: " in said["nan"][0]
+    assert said["again"][1] == 1 and "\nonce more: rank 0, engine_logprobs: " in said["again"][0]
+    assert [path.name for path in checkpoints(tmp_path / "nan")] == [] and len(metrics(tmp_path / "nan")) == 1
     assert said["engine"][1] == 0, said["engine"][0][-3000:]
     assert "warning: an engine failed; all are made anew" in said["engine"][0]
     assert [numbers(r) for r in metrics(tmp_path / "engine")] == [numbers(r) for r in metrics(tmp_path / "good")]
