@@ -1,26 +1,29 @@
 """PPO for language models with verifiable rewards.
 
-    python ppo.py --model DIR --task countdown3                       # one plain process, CPU or GPU
-    torchrun --nproc_per_node 4 ppo.py --model DIR --task countdown   # sharded by FSDP2
-    python ppo.py --plan 4 80 ...      # will it fit on 4 GPUs of 80 GB? needs no GPU
+    python ppo.py --model DIR --task countdown3                      # one plain process, CPU or GPU
+    torchrun --nproc_per_node 4 ppo.py --model DIR --task countdown  # sharded by FSDP2
+    python ppo.py --plan 4 80 ...     # will it fit on 4 GPUs of 80 GB? needs no GPU
 
-The file reads in the order of execution: flags, checks, the batch, the formulas, one update, what surrounds a step, the
-loop. `train` is the loop: seven phases, sample, reward, forward, advantage, update, sync, report, each under a banner;
-the log, the metrics and the README use the same names. What is not PPO (run folder, clocks, checkpoints, guards,
-signals) is behind `run`, an object of infra/run.py that never changes a number.
+The file reads in the order of execution: flags, checks, the batch, the formulas, one update, what
+surrounds a step, the loop. `train` is the loop: seven phases, sample, reward, forward, advantage,
+update, sync, report, each under a banner; the log, the metrics and the README use the same names.
+What is not PPO (run folder, clocks, checkpoints, guards, signals) is behind `run`, an object of
+infra/run.py that never changes a number.
 
-Every rank holds the numbers of the whole step ((B, T) tensors, 18 MB each at 256 samples of 17k tokens). Only model
-passes are split, so advantages, denominators and metrics need no collective and cannot depend on the number of ranks.
+Every rank holds the numbers of the whole step ((B, T) tensors, 18 MB each at 256 samples of 17k
+tokens). Only model passes are split, so advantages, denominators and metrics need no collective and
+cannot depend on the number of ranks.
 
-Not here on purpose: Ray, asynchronous rollouts, tools, LoRA, reward models, a Trainer class: a variant is a copy of the
-file (tests/ablations). The defaults follow Open-Reasoner-Zero (arXiv:2503.24290): no KL, gamma = lambda = 1.
+Not here on purpose: Ray, asynchronous rollouts, tools, LoRA, reward models, a Trainer class: a
+variant is a copy of the file (tests/ablations). The defaults follow Open-Reasoner-Zero
+(arXiv:2503.24290): no KL, gamma = lambda = 1.
 """
 # isort: skip_file
 
 import sys
 
-# Our kernels.py has the name of a Hugging Face package: say that the package is absent while transformers looks for it,
-# once, here.
+# Our kernels.py has the name of a Hugging Face package: say that the package is absent while
+# transformers looks for it, once, here.
 sys.modules["kernels"] = None
 import transformers.integrations.hub_kernels  # noqa: F401
 
@@ -58,7 +61,8 @@ class RunFlags:
 
     out: str = "runs/ppo"  # run folder; must not exist unless --resume auto
     seed: int = 0  # prompts, their order and every sampled token are functions of (seed, step)
-    # PPO steps; 0: print the memory plan, sample and score one batch; with --eval_every only evaluate
+    # PPO steps; 0: print the memory plan, sample and score one batch; with --eval_every only
+    # evaluate
     steps: int = 100
     resume: Literal["no", "auto"] = "no"  # auto: go on from the newest whole checkpoint, if any
     save_every: int = 0  # steps between checkpoints; the last step always has one
@@ -107,7 +111,8 @@ class SamplingFlags:
     engine: Literal["vllm", "torch"] = "vllm"  # torch: plain PyTorch, slow, for debugging
     prompts_per_step: int = 256  # over all ranks
     samples_per_prompt: int = 1  # answers to each prompt
-    # rounds, up to 5, of new prompts for those whose answers are all rewarded alike (dynamic sampling)
+    # rounds, up to 5, of new prompts for those whose answers are all rewarded alike (dynamic
+    # sampling)
     refill: int = 0
     max_new_tokens: int = 1024  # response limit
     temperature: float = 1.0  # of sampling; the trainer divides its logits by the same number
@@ -144,11 +149,10 @@ class PPOFlags:
     value_clip: float = 0.0  # values move at most this far from the old ones; 0: no clipping
     entropy_coef: float = 0.0  # entropy bonus
     kl_coef: float = 0.0  # penalty on KL(policy || reference); 0: no reference model is loaded
-    kl_in: Literal["reward", "loss"] = "reward"  # where it is subtracted
-    kl_estimator: Literal["k1", "k2", "k3"] = "k1"  # kl_estimate
-    kl_target: float | None = (
-        None  # adapt kl_coef towards this KL (arXiv:1909.08593); default: fixed
-    )
+    kl_in: Literal["reward", "loss"] = "reward"  # to what the penalty is added
+    kl_estimator: Literal["k1", "k2", "k3"] = "k1"  # k1: log-ratio, k2: half its square, k3
+    # adapt kl_coef towards this KL (arXiv:1909.08593); default: fixed
+    kl_target: float | None = None
     # truncated importance sampling between engine and trainer; 0: off
     tis_cap: float = 2.0
 
@@ -212,8 +216,9 @@ def require(condition, message: str) -> None:
 
 
 def check(args: Args, world: int, only_plan: bool = False) -> list[PretrainedConfig]:
-    """Every contradiction in the flags, before a weight is loaded. Returns the policy's and the critic's
-    configurations. `only_plan`: for a machine that is not this one, and nothing is written."""
+    """Every contradiction in the flags, before a weight is loaded. Returns the policy's and the
+    critic's configurations. `only_plan`: for a machine that is not this one, and nothing is
+    written."""
     configs = []
     for flag in ("model", "critic_model"):
         path = getattr(args, flag) or args.model
@@ -411,7 +416,8 @@ class Answers:
         return groups
 
     def teaches(self) -> bool:
-        """Are some of them rewarded differently? Those that our own machine failed on do not count."""
+        """Are some of them rewarded differently? Those that our own machine failed on do not
+        count."""
         sound = [result["reward"] for result in self.scored if result["status"] != "infra"]
         return len(set(sound)) > 1
 
@@ -420,7 +426,8 @@ class Answers:
 class Batch(Answers):
     """The B responses of a step. Every rank has all of it.
 
-    Every (B, T) tensor is aligned to the token it is about, T being prompt + response, right-padded:
+    Every (B, T) tensor is aligned to the token it is about, T being prompt + response,
+    right-padded:
         logprobs[:, t] = log pi(ids[:, t] | ids[:, :t])   values[:, t] = V(ids[:, :t])
         mask[:, t]: the policy chose ids[:, t]
     Log-probs, entropy and KL are in nats."""
@@ -455,13 +462,14 @@ def make_batch(answers: Answers, device: torch.device) -> Batch:
 
 
 def microbatches(batch: Batch, chosen: list[int], args: Args, run: Run) -> list[kernels.Packed]:
-    """This rank's share of the responses `chosen`, packed under the token budget; as many micro-batches as on every
-    rank. Each that is begun is a sign of life for the watch over hangs."""
+    """This rank's share of the responses `chosen`, packed under the token budget; as many
+    micro-batches as on every rank. Each that is begun is a sign of life for the watch over
+    hangs."""
     ranks = run.ranks
     fed = [batch.lengths[b] - 1 for b in chosen]
-    plan_of = data.plan_microbatches(fed, args.max_tokens_per_microbatch * ranks.sp, ranks.rows)
+    planned = data.plan_microbatches(fed, args.max_tokens_per_microbatch * ranks.sp, ranks.rows)
     packed = []
-    for places in plan_of[ranks.row]:
+    for places in planned[ranks.row]:
         rows = [chosen[i] for i in places]
         packed.append(
             kernels.pack(batch.ids, batch.mask, batch.lengths, rows, ranks.sp_rank, ranks.sp)
@@ -495,8 +503,9 @@ def compute_values(critic: nn.Module, batch: Batch, args: Args, run: Run) -> Ten
 
 
 def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, kind: str) -> Tensor:
-    """Per-token estimate of KL(policy || reference) from the policy's own samples: joschu.net/blog/kl-approx.html.
-    k1 is unbiased and may be negative, k2 is biased with low variance, k3 is unbiased and never negative."""
+    """Per-token estimate of KL(policy || reference) from the policy's own samples:
+    joschu.net/blog/kl-approx.html. k1 is unbiased and may be negative, k2 is biased with low
+    variance, k3 is unbiased and never negative."""
     log_ratio = logprobs - ref_logprobs
     if kind == "k1":
         return log_ratio
@@ -532,9 +541,9 @@ def whiten(x: Tensor, mask: Tensor) -> Tensor:
 
 
 def group_advantages(token_rewards: Tensor, mask: Tensor, n: int, kind: str) -> Tensor:
-    """(B, T): of whole responses, against the n to one prompt, neighbours; those without a masked token do not count.
-    rloo (arXiv:2402.14740): less the mean of the others. grpo (arXiv:2402.03300): less the mean of all, in standard
-    deviations."""
+    """(B, T): of whole responses, against the n to one prompt, neighbours; those without a masked
+    token do not count. rloo (arXiv:2402.14740): less the mean of the others. grpo
+    (arXiv:2402.03300): less the mean of all, in standard deviations."""
     total = torch.where(mask, token_rewards, 0.0).sum(1).view(-1, n)  # (prompts, n)
     counted = mask.any(1).view(-1, n)
     count = counted.sum(1, keepdim=True)
@@ -550,8 +559,9 @@ def group_advantages(token_rewards: Tensor, mask: Tensor, n: int, kind: str) -> 
 
 
 def loss_weights(mask: Tensor, kind: str, limit: int) -> Tensor:
-    """What every token's loss is multiplied with, (B, T), before all are added up. token: mean over the masked tokens
-    (DAPO); sequence: mean over responses of their means (GRPO); constant: as if each had `limit` tokens (Dr. GRPO)."""
+    """What every token's loss is multiplied with, (B, T), before all are added up. token: mean over
+    the masked tokens (DAPO); sequence: mean over responses of their means (GRPO); constant: as if
+    each had `limit` tokens (Dr. GRPO)."""
     lengths = mask.sum(1, keepdim=True)
     responses = (lengths > 0).sum()
     if kind == "token":
@@ -566,8 +576,9 @@ def loss_weights(mask: Tensor, kind: str, limit: int) -> Tensor:
 def policy_loss(
     logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, args: PPOFlags
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """PPO's clipped surrogate, arXiv:1707.06347 equation 7, per token, to be minimised; and where the lower and the
-    upper clip were active. dual_clip bounds what a negative advantage costs (arXiv:1912.09729)."""
+    """PPO's clipped surrogate, arXiv:1707.06347 equation 7, per token, to be minimised; and where
+    the lower and the upper clip were active. dual_clip bounds what a negative advantage costs
+    (arXiv:1912.09729)."""
     ratio = torch.exp(logprobs - old_logprobs)
     clipped = ratio.clamp(1 - args.clip_low, 1 + args.clip_high)
     loss = torch.maximum(-advantages * ratio, -advantages * clipped)
@@ -582,7 +593,8 @@ def policy_loss(
 def value_loss(
     values: Tensor, old_values: Tensor, returns: Tensor, clip: float
 ) -> tuple[Tensor, Tensor]:
-    """Half the squared error per token, with clip > 0 the worse of plain and clipped; and where the clip was active."""
+    """Half the squared error per token, with clip > 0 the worse of plain and clipped; and where the
+    clip was active."""
     error = (values - returns) ** 2
     if not clip:
         return 0.5 * error, torch.zeros_like(error, dtype=torch.bool)
@@ -593,8 +605,8 @@ def value_loss(
 
 
 def add_advantages(batch: Batch, args: Args) -> None:
-    """The score stands on the last response token, a KL penalty on every one; then GAE, or a comparison within the
-    group of answers to one prompt."""
+    """The score stands on the last response token, a KL penalty on every one; then GAE, or a
+    comparison within the group of answers to one prompt."""
     mask = batch.mask
     last = mask & ~nn.functional.pad(mask, (0, 1))[:, 1:]
     token_rewards = torch.where(last, batch.scores[:, None], 0.0)
@@ -656,10 +668,12 @@ def add_scores(batch: Batch) -> None:
 def update_policy(
     policy: Trained, lr: float, batch: Batch, chosen: list[int], args: Args, run: Run
 ) -> list[tuple[Tensor, Tensor]]:
-    """One optimizer step on the responses `chosen`. Returns (index, log-probs before the step) of its micro-batches.
+    """One optimizer step on the responses `chosen`. Returns (index, log-probs before the step) of
+    its micro-batches.
 
-    The loss of a token is weighted before anything is added up, with one set of weights for all ranks; times world,
-    because FSDP averages gradients over ranks. So packing, budget and ranks cannot change the gradient."""
+    The loss of a token is weighted before anything is added up, with one set of weights for all
+    ranks; times world, because FSDP averages gradients over ranks. So packing, budget and ranks
+    cannot change the gradient."""
     before = []
     mask = only(chosen, batch.mask)
     weights = run.ranks.world * loss_weights(mask, args.loss_mean, args.max_new_tokens)
@@ -878,9 +892,9 @@ def collect(pending: list, ranks: dist.Ranks) -> list[dict]:
 
 
 def refill(setup: Setup, step: int, answers: Answers, pending: list) -> Answers:
-    """Dynamic sampling (DAPO, arXiv:2503.14476): answers to one prompt that are all rewarded alike teach nothing; those
-    to another prompt, of a batch that no step has, take their place. Those that teach come first, each kind in the
-    order it came."""
+    """Dynamic sampling (DAPO, arXiv:2503.14476): answers to one prompt that are all rewarded alike
+    teach nothing; those to another prompt, of a batch that no step has, take their place. Those
+    that teach come first, each kind in the order it came."""
     args, ranks, n = setup.args, setup.run.ranks, setup.args.samples_per_prompt
     answers.scored = collect(pending, ranks)
     groups = answers.by_prompt(n)
@@ -921,8 +935,9 @@ def evaluate(setup: Setup) -> tuple[dict[str, float], list[dict]]:
 
 
 def sync(setup: Setup, step: int) -> float:
-    """New weights into the engine; then the canary: fresh answers, on whose log-probs the trainer must agree.
-    Weights stale by many steps show as 0.2, bf16 as about 0.01. Returns the worst engine's mean |difference|."""
+    """New weights into the engine; then the canary: fresh answers, on whose log-probs the trainer
+    must agree. Weights stale by many steps show as 0.2, bf16 as about 0.01. Returns the worst
+    engine's mean |difference|."""
     args, run, source = setup.args, setup.run, setup.source
     setup.engine.load(models.full_weights(setup.policy.model, args.compute_dtype))
     rows = data.batch(source.train, step, 4 * run.ranks.world, args.seed, source.weights)
@@ -973,7 +988,8 @@ def dry_run(setup: Setup) -> list[dict]:
 
 @watch.watched
 def train(args: Args) -> list[dict]:
-    """Runs `args.steps` steps and returns the rows of metrics.jsonl (rank 0: those before a resume, too)."""
+    """Runs `args.steps` steps and returns the rows of metrics.jsonl (rank 0: those before a resume,
+    too)."""
     began = time.perf_counter()
     setup = set_up(args)
     run, device = setup.run, setup.accelerator.device
@@ -1140,8 +1156,8 @@ def batch_metrics(batch: Batch, args: Args, run: Run) -> dict[str, float]:
 
 
 def critic_metrics(values: Tensor, returns: Tensor, mask: Tensor) -> dict[str, float]:
-    """Explained variance is 1 when the critic knows every return, 0 when it is no better than a constant. Calibration:
-    mean values and returns of the four quarters of each response."""
+    """Explained variance is 1 when the critic knows every return, 0 when it is no better than a
+    constant. Calibration: mean values and returns of the four quarters of each response."""
     v = values[mask]
     r = returns[mask]
     row = {
@@ -1164,7 +1180,8 @@ def critic_metrics(values: Tensor, returns: Tensor, mask: Tensor) -> dict[str, f
 
 
 def adapted(kl_coef: float, kl: float, args: Args) -> float:
-    """arXiv:1909.08593, section 2.2: larger when the KL is above its target, by at most a fifth in 10,000 samples."""
+    """arXiv:1909.08593, section 2.2: larger when the KL is above its target, by at most a fifth in
+    10,000 samples."""
     error = min(max(kl / args.kl_target - 1, -0.2), 0.2)
     return kl_coef * (1 + error * args.batch_size / 10_000)
 

@@ -1,11 +1,10 @@
 """Token ids in, sampled token ids and their log-probs out; weights in; memory given back.
 
-Owns: two engines with the same four methods, sample / load / sleep / wake, and no base class. VLLMSampler is vLLM in
-the trainer's own process. TorchSampler is plain PyTorch with a KV cache: for teaching, for debugging, and as a second
-opinion in the tests.
-Refuses to know: rewards, losses, datasets, text. Ids are never decoded and re-encoded on the way to the trainer.
-Left out on purpose: top_p and top_k. They change the distribution sampled from, and with it every ratio in the loss.
-"""
+Owns: two engines with the same four methods, sample / load / sleep / wake, and no base class.
+VLLMSampler is vLLM in the trainer's own process. TorchSampler is plain PyTorch with a KV cache: for
+teaching, for debugging, and as a second opinion in the tests. Refuses to know: rewards, losses,
+datasets, text. Ids are never decoded and re-encoded on the way to the trainer. Left out on purpose:
+top_p and top_k. They change the distribution sampled from, and with it every ratio in the loss."""
 
 import gc
 import math
@@ -70,7 +69,8 @@ def summary(samples: list[Sample], seconds: float) -> dict[str, float]:
 
 
 def mismatch(trainer: Tensor, engine: Tensor, cap: float) -> dict[str, float]:
-    """How far the engine's log-probs of its samples are from the trainer's, both (K,); `cap` truncates the ratio."""
+    """How far the engine's log-probs of its samples are from the trainer's, both (K,); `cap`
+    truncates the ratio."""
     gap = trainer - engine
     return {
         "mismatch/logp_abs_mean": gap.abs().mean().item(),
@@ -93,8 +93,8 @@ def records(
     decode: Callable | None = None,
     **numbers: Tensor,
 ) -> list[dict]:
-    """Rows of samples.jsonl: all, or `count` of them. With `decode`: the texts of each response's last MOST_TOKENS, and
-    their `numbers`, (B, T) as in Rollout."""
+    """Rows of samples.jsonl: all, or `count` of them. With `decode`: the texts of each response's
+    last MOST_TOKENS, and their `numbers`, (B, T) as in Rollout."""
     every = math.ceil(len(rows) / (count or len(rows)))
     out = []
     for b in range(0, len(rows), every):
@@ -117,7 +117,8 @@ def records(
 
 
 def show(samples: list[dict]) -> str:
-    """Rows of samples.jsonl, for people: what was asked, said and judged; lists of tokens stay in the file."""
+    """Rows of samples.jsonl, for people: what was asked, said and judged; lists of tokens stay in
+    the file."""
     lines = []
     for sample in samples:
         judged = []
@@ -136,7 +137,8 @@ def stream(seed: int, step: int, purpose: int) -> int:
 
 
 def eos_ids(path: str, tokenizer) -> list[int]:
-    """Every id that ends a response: the tokenizer's and those of generation_config.json (chat models have several)."""
+    """Every id that ends a response: the tokenizer's and those of generation_config.json (chat
+    models have several)."""
     from transformers import GenerationConfig
 
     try:
@@ -148,11 +150,12 @@ def eos_ids(path: str, tokenizer) -> list[int]:
 
 
 class VLLMSampler:
-    """One engine a rank, or one a group of `tp` consecutive ranks. Build it after torch.distributed is up.
+    """One engine a rank, or one a group of `tp` consecutive ranks. Build it after torch.distributed
+    is up.
 
-    `max_len` bounds prompt + response, `max_seqs` what is decoded at once; `gpu_memory` is the share of the card for
-    weights and KV cache while awake, `kv_cache_mb` the KV cache on CPU. `eos_ids` and the texts `stop` end a response.
-    """
+    `max_len` bounds prompt + response, `max_seqs` what is decoded at once; `gpu_memory` is the
+    share of the card for weights and KV cache while awake, `kv_cache_mb` the KV cache on CPU.
+    `eos_ids` and the texts `stop` end a response."""
 
     def __init__(
         self,
@@ -230,8 +233,9 @@ class VLLMSampler:
         seed: int,
         progress=False,
     ) -> list[Sample]:
-        """n samples of every prompt, neighbours together. Sample j of prompt i has seed `seed + i * n + j`, so the
-        answer does not depend on what else is in the batch, on the rank, or on anybody's random state."""
+        """n samples of every prompt, neighbours together. Sample j of prompt i has seed `seed + i *
+        n + j`, so the answer does not depend on what else is in the batch, on the rank, or on
+        anybody's random state."""
         from vllm import SamplingParams
 
         self.wake()
@@ -274,14 +278,16 @@ class VLLMSampler:
         ]
 
     def load(self, named_tensors: Iterable[tuple[str, Tensor]]) -> None:
-        """New weights under their Hugging Face names, one at a time from a generator (collective for tp > 1: every
-        rank iterates). vLLM fuses q/k/v, slices for its rank, casts and copies in place."""
+        """New weights under their Hugging Face names, one at a time from a generator (collective
+        for tp > 1: every rank iterates). vLLM fuses q/k/v, slices for its rank, casts and copies in
+        place."""
         self.wake()
         self.llm.apply_model(lambda model: model.load_weights(named_tensors))
         self.llm.reset_prefix_cache()
 
     def sleep(self) -> None:
-        """Gives weights and KV cache back to the card. Level 2 keeps no copy: `load` must come before `sample`."""
+        """Gives weights and KV cache back to the card. Level 2 keeps no copy: `load` must come
+        before `sample`."""
         if self.awake and torch.cuda.is_available():
             self.llm.sleep(level=2)
             self.awake = False
@@ -300,7 +306,8 @@ class VLLMSampler:
 
 @dataclass
 class Request:
-    """What the samplers are asked for, on all ranks alike. `limit` tokens each; (step, purpose) choose the seeds."""
+    """What the samplers are asked for, on all ranks alike. `limit` tokens each; (step, purpose)
+    choose the seeds."""
 
     prompts: list[list[int]]
     n: int
@@ -311,10 +318,11 @@ class Request:
 
 
 class Engine:
-    """The samplers of all ranks, which are asked together. When one fails, every rank makes a new one, with the weights
-    that `rescue(what failed)` gives, and asks again, once.
+    """The samplers of all ranks, which are asked together. When one fails, every rank makes a new
+    one, with the weights that `rescue(what failed)` gives, and asks again, once.
 
-    A sampler is anything with sample, load, sleep and wake. `close` is called where there is one."""
+    A sampler is anything with sample, load, sleep and wake. `close` is called where there is
+    one."""
 
     def __init__(
         self,
@@ -332,8 +340,8 @@ class Engine:
         self.sampler = make()
 
     def ask(self, request: Request) -> list[Sample]:
-        """n samples of each prompt, on all ranks; each rank asks for its share. They are functions of (seed, step,
-        purpose) and a prompt's place alone."""
+        """n samples of each prompt, on all ranks; each rank asks for its share. They are functions
+        of (seed, step, purpose) and a prompt's place alone."""
         for attempt in (1, 2):
             samples, error = [], ""
             try:
@@ -382,15 +390,16 @@ def _prepare_cpu() -> None:
     import vllm.distributed.device_communicators.cpu_communicator as communicator
     import vllm.model_executor.layers.utils as layers
 
-    # Linear weights are repacked into an opaque handle and emptied, after which load_weights raises and reload_weights
-    # leaves a tied lm_head stale. Keep them plain, as vLLM itself does for layers marked _cpu_skip_gemm_dispatch.
+    # Linear weights are repacked into an opaque handle and emptied, after which load_weights raises
+    # and reload_weights leaves a tied lm_head stale. Keep them plain, as vLLM itself does for
+    # layers marked _cpu_skip_gemm_dispatch.
     def keep_plain(layer, remove_weight):
         layer.cpu_linear = torch.nn.functional.linear
 
     layers.dispatch_cpu_unquantized_gemm = keep_plain
 
-    # Tensor-parallel ranks meet in a shared-memory segment whose name has no run in it: a second run on the machine,
-    # or the remains of a killed one, would collide.
+    # Tensor-parallel ranks meet in a shared-memory segment whose name has no run in it: a second
+    # run on the machine, or the remains of a killed one, would collide.
     def name(c):
         return f"{os.environ['MASTER_PORT']}-{c.unique_name}-[{'-'.join(map(str, c.ranks))}]-cpushm"
 
@@ -398,7 +407,8 @@ def _prepare_cpu() -> None:
 
 
 class TorchSampler:
-    """The same in plain PyTorch: a KV cache, left-padded prompts, one forward a token, `max_seqs` sequences at once."""
+    """The same in plain PyTorch: a KV cache, left-padded prompts, one forward a token, `max_seqs`
+    sequences at once."""
 
     def __init__(
         self,
