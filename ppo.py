@@ -33,7 +33,9 @@ import os
 import random
 import time
 import zlib
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, make_dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -891,20 +893,15 @@ def collect(pending: list, ranks: dist.Ranks) -> list[dict]:
     return dist.gather([future.result() for future in pending], ranks)
 
 
-def refill(setup: Setup, step: int, answers: Answers, pending: list) -> Answers:
+def refill(answers: Answers, draw: Callable[[int], Answers], args: Args) -> Answers:
     """Dynamic sampling (DAPO, arXiv:2503.14476): answers to one prompt that are all rewarded alike
-    teach nothing; those to another prompt, of a batch that no step has, take their place. Those
-    that teach come first, each kind in the order it came."""
-    args, ranks, n = setup.args, setup.run.ranks, setup.args.samples_per_prompt
-    answers.scored = collect(pending, ranks)
-    groups = answers.by_prompt(n)
+    teach nothing; those to another prompt, of draw(1), draw(2) ... up to `refill` of them, take
+    their place. Returns as many as before: first those that teach, each kind in the order it came."""
+    groups = answers.by_prompt(args.samples_per_prompt)
     for k in range(1, args.refill + 1):
         if sum(group.teaches() for group in groups) >= args.prompts_per_step:
             break
-        rows = next_prompts(setup, 10**6 + 5 * step + k)
-        more = answer(setup, rows, n, args.temperature, step, purpose=2 + k)
-        more.scored = collect(submit(more, args, ranks), ranks)
-        groups += more.by_prompt(n)
+        groups += draw(k).by_prompt(args.samples_per_prompt)
     teaching = [group for group in groups if group.teaches()]
     rest = [group for group in groups if not group.teaches()]
     kept = Answers([], [], [])
@@ -914,6 +911,16 @@ def refill(setup: Setup, step: int, answers: Answers, pending: list) -> Answers:
         kept.texts += group.texts
         kept.scored += group.scored
     return kept
+
+
+def draw_more(setup: Setup, step: int, k: int) -> Answers:
+    """Judged answers to the prompts of a batch that no step has."""
+    args, ranks = setup.args, setup.run.ranks
+    rows = next_prompts(setup, 10**6 + 5 * step + k)
+    n = args.samples_per_prompt
+    answers = answer(setup, rows, n, args.temperature, step, purpose=2 + k)
+    answers.scored = collect(submit(answers, args, ranks), ranks)
+    return answers
 
 
 def next_prompts(setup: Setup, step: int) -> list[dict]:
@@ -1039,7 +1046,8 @@ def train(args: Args) -> list[dict]:
             pending = submit(answers, args, run.ranks)
         with run.phase("sample"):  # more, in place of prompts whose answers are all rewarded alike
             if args.refill:
-                answers = refill(setup, step, answers, pending)
+                answers.scored = collect(pending, run.ranks)
+                answers = refill(answers, partial(draw_more, setup, step), args)
             engine.sleep()  # the card's memory is the trainer's now
         batch = make_batch(answers, device)
         batch.kl_coef = kl_coef
