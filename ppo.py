@@ -297,12 +297,6 @@ def check_batch(args: Args, world: int) -> None:
         args.prompts_per_step == even,
         f"prompts_per_step={args.prompts_per_step} is no multiple of {world} ranks: use {even}",
     )
-    best = math.gcd(args.minibatch, args.batch_size)
-    require(
-        args.minibatch == best,
-        f"minibatch_size={args.minibatch} does not divide prompts x samples_per_prompt = "
-        f"{args.batch_size}: try {best}",
-    )
     require(
         args.samples_per_prompt > 1 or args.advantage not in ("grpo", "rloo"),
         f"samples_per_prompt={args.samples_per_prompt}: --advantage {args.advantage} compares "
@@ -312,6 +306,12 @@ def check_batch(args: Args, world: int) -> None:
         args.samples_per_prompt > 1 or not args.refill,
         f"samples_per_prompt={args.samples_per_prompt}: --refill looks for answers that differ, "
         "use 2 or more",
+    )
+    best = math.gcd(args.minibatch, args.batch_size)
+    require(
+        args.minibatch == best,
+        f"minibatch_size={args.minibatch} does not divide prompts x samples_per_prompt = "
+        f"{args.batch_size}: try {best}",
     )
 
 
