@@ -463,6 +463,18 @@ def make_batch(answers: Answers, device: torch.device) -> Batch:
     )
 
 
+def add_scores(batch: Batch) -> None:
+    """What the verifiers said, (B,); a sample that our own machine failed on teaches nothing."""
+    device = batch.mask.device
+    batch.scores = torch.tensor([result["reward"] for result in batch.scored], device=device)
+    sound = torch.tensor([result["status"] != "infra" for result in batch.scored], device=device)
+    if not sound.any():
+        raise RuntimeError(
+            f"every reward failed on our side (infra), for example {batch.scored[0]}"
+        )
+    batch.mask = batch.mask & sound[:, None]
+
+
 def microbatches(batch: Batch, chosen: list[int], args: Args, run: Run) -> list[kernels.Packed]:
     """This rank's share of the responses `chosen`, packed under the token budget; as many
     micro-batches as on every rank. Each that is begun is a sign of life for the watch over
@@ -655,18 +667,6 @@ def only(chosen: list[int], mask: Tensor) -> Tensor:
     return part
 
 
-def add_scores(batch: Batch) -> None:
-    """What the verifiers said, (B,); a sample that our own machine failed on teaches nothing."""
-    device = batch.mask.device
-    batch.scores = torch.tensor([result["reward"] for result in batch.scored], device=device)
-    sound = torch.tensor([result["status"] != "infra" for result in batch.scored], device=device)
-    if not sound.any():
-        raise RuntimeError(
-            f"every reward failed on our side (infra), for example {batch.scored[0]}"
-        )
-    batch.mask = batch.mask & sound[:, None]
-
-
 def update_policy(
     policy: Trained, lr: float, batch: Batch, chosen: list[int], args: Args, run: Run
 ) -> list[tuple[Tensor, Tensor]]:
@@ -754,14 +754,14 @@ def set_up(args: Args) -> Setup:
     configs = check(args, int(os.environ.get("WORLD_SIZE", 1)))
     tokenizer = AutoTokenizer.from_pretrained(args.model, trust_remote_code=False)
     bars = show_bars()
-    source = data.load(
-        args, tokenizer, args.seed, args.eval_rows, bars
-    )  # before ranks: it may fork
+    # before the ranks know of each other: it may fork
+    source = data.load(args, tokenizer, args.seed, args.eval_rows, bars)
     first_rows = next(iter(source.train.values()))
     first_prompt = tokenizer.decode(first_rows[0]["ids"])
-    read = repr(
-        [(name, len(rows), rows[0]["ids"], rows[-1]["ids"]) for name, rows in source.train.items()]
-    )
+    ends = []
+    for name, rows in source.train.items():
+        ends.append((name, len(rows), rows[0]["ids"], rows[-1]["ids"]))
+    read = repr(ends)
     patience = 2 * args.stall_minutes or 120
     accelerator, ranks = dist.start_ranks(args.bf16, args.sp, args.replicas, patience)
     run = Run(args, ranks)
@@ -771,8 +771,9 @@ def set_up(args: Args) -> Setup:
     tasks = {row["task"] for rows in source.test.values() for row in rows}
     made = rewards.start(tasks, args)
     made |= kernels.setup(configs[0].model_type, bars, args.bf16, args.attention)
-    rows = f"{zlib.crc32(read.encode()):08x}"
-    config = asdict(args) | {"first_prompt": first_prompt, "rows": rows}
+    config = asdict(args)
+    config["first_prompt"] = first_prompt
+    config["rows"] = f"{zlib.crc32(read.encode()):08x}"
     run.find_checkpoint(config, MAY_CHANGE)
     return Setup(args, configs, tokenizer, source, accelerator, run, made)
 
@@ -869,7 +870,8 @@ def announce(setup: Setup) -> None:
 def answer(
     setup: Setup, rows: list[dict], n: int, temperature: float, step: int, purpose: int
 ) -> Answers:
-    """n answers to each row's prompt. They are functions of (seed, step, purpose)."""
+    """n answers to each row's prompt. They are functions of (seed, step, purpose). Purposes are 0: of
+    the step, 1: of an evaluation, 2: of the canary, 3 to 7: of refills."""
     prompts = [row["ids"] for row in rows]
     limit = setup.args.max_new_tokens
     request = rollout.Request(prompts, n, limit, temperature, step, purpose)
