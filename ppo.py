@@ -1,26 +1,29 @@
 """PPO for language models with verifiable rewards.
 
-    python ppo.py --model DIR --task countdown3                       # one plain process, CPU or GPU
-    torchrun --nproc_per_node 4 ppo.py --model DIR --task countdown   # sharded by FSDP2
-    python ppo.py --plan 4 80 ...      # will it fit on 4 GPUs of 80 GB? needs no GPU
+    python ppo.py --model DIR --task countdown3                      # one plain process, CPU or GPU
+    torchrun --nproc_per_node 4 ppo.py --model DIR --task countdown  # sharded by FSDP2
+    python ppo.py --plan 4 80 ...     # will it fit on 4 GPUs of 80 GB? needs no GPU
 
-The file reads in the order of execution: flags, checks, the batch, the formulas, one update, what surrounds a step, the
-loop. `train` is the loop: seven phases, sample, reward, forward, advantage, update, sync, report, each under a banner;
-the log, the metrics and the README use the same names. What is not PPO (run folder, clocks, checkpoints, guards,
-signals) is behind `run`, an object of infra/run.py that never changes a number.
+The file reads in the order of execution: flags, checks, the batch, the formulas, one update, what
+surrounds a step, the loop. `train` is the loop: seven phases, sample, reward, forward, advantage,
+update, sync, report, each under a banner; the log, the metrics and the README use the same names.
+What is not PPO (run folder, clocks, checkpoints, guards, signals) is behind `run`, an object of
+infra/run.py that never changes a number.
 
-Every rank holds the numbers of the whole step ((B, T) tensors, 18 MB each at 256 samples of 17k tokens). Only model
-passes are split, so advantages, denominators and metrics need no collective and cannot depend on the number of ranks.
+Every rank holds the numbers of the whole step ((B, T) tensors, 18 MB each at 256 samples of 17k
+tokens). Only model passes are split, so advantages, denominators and metrics need no collective and
+cannot depend on the number of ranks.
 
-Not here on purpose: Ray, asynchronous rollouts, tools, LoRA, reward models, a Trainer class: a variant is a copy of the
-file (tests/ablations). The defaults follow Open-Reasoner-Zero (arXiv:2503.24290): no KL, gamma = lambda = 1.
+Not here on purpose: Ray, asynchronous rollouts, tools, LoRA, reward models, a Trainer class: a
+variant is a copy of the file (tests/ablations). The defaults follow Open-Reasoner-Zero
+(arXiv:2503.24290): no KL, gamma = lambda = 1.
 """
 # isort: skip_file
 
 import sys
 
-# Our kernels.py has the name of a Hugging Face package: say that the package is absent while transformers looks for it,
-# once, here.
+# Our kernels.py has the name of a Hugging Face package: say that the package is absent while
+# transformers looks for it, once, here.
 sys.modules["kernels"] = None
 import transformers.integrations.hub_kernels  # noqa: F401
 
@@ -30,7 +33,9 @@ import os
 import random
 import time
 import zlib
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, make_dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -58,7 +63,8 @@ class RunFlags:
 
     out: str = "runs/ppo"  # run folder; must not exist unless --resume auto
     seed: int = 0  # prompts, their order and every sampled token are functions of (seed, step)
-    # PPO steps; 0: print the memory plan, sample and score one batch; with --eval_every only evaluate
+    # PPO steps; 0: print the memory plan, sample and score one batch; with --eval_every only
+    # evaluate
     steps: int = 100
     resume: Literal["no", "auto"] = "no"  # auto: go on from the newest whole checkpoint, if any
     save_every: int = 0  # steps between checkpoints; the last step always has one
@@ -107,7 +113,8 @@ class SamplingFlags:
     engine: Literal["vllm", "torch"] = "vllm"  # torch: plain PyTorch, slow, for debugging
     prompts_per_step: int = 256  # over all ranks
     samples_per_prompt: int = 1  # answers to each prompt
-    # rounds, up to 5, of new prompts for those whose answers are all rewarded alike (dynamic sampling)
+    # rounds, up to 5, of new prompts for those whose answers are all rewarded alike (dynamic
+    # sampling)
     refill: int = 0
     max_new_tokens: int = 1024  # response limit
     temperature: float = 1.0  # of sampling; the trainer divides its logits by the same number
@@ -144,11 +151,10 @@ class PPOFlags:
     value_clip: float = 0.0  # values move at most this far from the old ones; 0: no clipping
     entropy_coef: float = 0.0  # entropy bonus
     kl_coef: float = 0.0  # penalty on KL(policy || reference); 0: no reference model is loaded
-    kl_in: Literal["reward", "loss"] = "reward"  # where it is subtracted
-    kl_estimator: Literal["k1", "k2", "k3"] = "k1"  # kl_estimate
-    kl_target: float | None = (
-        None  # adapt kl_coef towards this KL (arXiv:1909.08593); default: fixed
-    )
+    kl_in: Literal["reward", "loss"] = "reward"  # to what the penalty is added
+    kl_estimator: Literal["k1", "k2", "k3"] = "k1"  # k1: log-ratio, k2: half its square, k3
+    # adapt kl_coef towards this KL (arXiv:1909.08593); default: fixed
+    kl_target: float | None = None
     # truncated importance sampling between engine and trainer; 0: off
     tis_cap: float = 2.0
 
@@ -212,8 +218,9 @@ def require(condition, message: str) -> None:
 
 
 def check(args: Args, world: int, only_plan: bool = False) -> list[PretrainedConfig]:
-    """Every contradiction in the flags, before a weight is loaded. Returns the policy's and the critic's
-    configurations. `only_plan`: for a machine that is not this one, and nothing is written."""
+    """Every contradiction in the flags, before a weight is loaded. Returns the policy's and the
+    critic's configurations. `only_plan`: for a machine that is not this one, and nothing is
+    written."""
     configs = []
     for flag in ("model", "critic_model"):
         path = getattr(args, flag) or args.model
@@ -290,12 +297,6 @@ def check_batch(args: Args, world: int) -> None:
         args.prompts_per_step == even,
         f"prompts_per_step={args.prompts_per_step} is no multiple of {world} ranks: use {even}",
     )
-    best = math.gcd(args.minibatch, args.batch_size)
-    require(
-        args.minibatch == best,
-        f"minibatch_size={args.minibatch} does not divide prompts x samples_per_prompt = "
-        f"{args.batch_size}: try {best}",
-    )
     require(
         args.samples_per_prompt > 1 or args.advantage not in ("grpo", "rloo"),
         f"samples_per_prompt={args.samples_per_prompt}: --advantage {args.advantage} compares "
@@ -305,6 +306,12 @@ def check_batch(args: Args, world: int) -> None:
         args.samples_per_prompt > 1 or not args.refill,
         f"samples_per_prompt={args.samples_per_prompt}: --refill looks for answers that differ, "
         "use 2 or more",
+    )
+    best = math.gcd(args.minibatch, args.batch_size)
+    require(
+        args.minibatch == best,
+        f"minibatch_size={args.minibatch} does not divide prompts x samples_per_prompt = "
+        f"{args.batch_size}: try {best}",
     )
 
 
@@ -411,7 +418,8 @@ class Answers:
         return groups
 
     def teaches(self) -> bool:
-        """Are some of them rewarded differently? Those that our own machine failed on do not count."""
+        """Are some of them rewarded differently? Those that our own machine failed on do not
+        count."""
         sound = [result["reward"] for result in self.scored if result["status"] != "infra"]
         return len(set(sound)) > 1
 
@@ -420,7 +428,8 @@ class Answers:
 class Batch(Answers):
     """The B responses of a step. Every rank has all of it.
 
-    Every (B, T) tensor is aligned to the token it is about, T being prompt + response, right-padded:
+    Every (B, T) tensor is aligned to the token it is about, T being prompt + response,
+    right-padded:
         logprobs[:, t] = log pi(ids[:, t] | ids[:, :t])   values[:, t] = V(ids[:, :t])
         mask[:, t]: the policy chose ids[:, t]
     Log-probs, entropy and KL are in nats."""
@@ -454,14 +463,27 @@ def make_batch(answers: Answers, device: torch.device) -> Batch:
     )
 
 
+def add_scores(batch: Batch) -> None:
+    """What the verifiers said, (B,); a sample that our own machine failed on teaches nothing."""
+    device = batch.mask.device
+    batch.scores = torch.tensor([result["reward"] for result in batch.scored], device=device)
+    sound = torch.tensor([result["status"] != "infra" for result in batch.scored], device=device)
+    if not sound.any():
+        raise RuntimeError(
+            f"every reward failed on our side (infra), for example {batch.scored[0]}"
+        )
+    batch.mask = batch.mask & sound[:, None]
+
+
 def microbatches(batch: Batch, chosen: list[int], args: Args, run: Run) -> list[kernels.Packed]:
-    """This rank's share of the responses `chosen`, packed under the token budget; as many micro-batches as on every
-    rank. Each that is begun is a sign of life for the watch over hangs."""
+    """This rank's share of the responses `chosen`, packed under the token budget; as many
+    micro-batches as on every rank. Each that is begun is a sign of life for the watch over
+    hangs."""
     ranks = run.ranks
     fed = [batch.lengths[b] - 1 for b in chosen]
-    plan_of = data.plan_microbatches(fed, args.max_tokens_per_microbatch * ranks.sp, ranks.rows)
+    planned = data.plan_microbatches(fed, args.max_tokens_per_microbatch * ranks.sp, ranks.rows)
     packed = []
-    for places in plan_of[ranks.row]:
+    for places in planned[ranks.row]:
         rows = [chosen[i] for i in places]
         packed.append(
             kernels.pack(batch.ids, batch.mask, batch.lengths, rows, ranks.sp_rank, ranks.sp)
@@ -495,8 +517,9 @@ def compute_values(critic: nn.Module, batch: Batch, args: Args, run: Run) -> Ten
 
 
 def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, kind: str) -> Tensor:
-    """Per-token estimate of KL(policy || reference) from the policy's own samples: joschu.net/blog/kl-approx.html.
-    k1 is unbiased and may be negative, k2 is biased with low variance, k3 is unbiased and never negative."""
+    """Per-token estimate of KL(policy || reference) from the policy's own samples:
+    joschu.net/blog/kl-approx.html. k1 is unbiased and may be negative, k2 is biased with low
+    variance, k3 is unbiased and never negative."""
     log_ratio = logprobs - ref_logprobs
     if kind == "k1":
         return log_ratio
@@ -532,9 +555,9 @@ def whiten(x: Tensor, mask: Tensor) -> Tensor:
 
 
 def group_advantages(token_rewards: Tensor, mask: Tensor, n: int, kind: str) -> Tensor:
-    """(B, T): of whole responses, against the n to one prompt, neighbours; those without a masked token do not count.
-    rloo (arXiv:2402.14740): less the mean of the others. grpo (arXiv:2402.03300): less the mean of all, in standard
-    deviations."""
+    """(B, T): of whole responses, against the n to one prompt, neighbours; those without a masked
+    token do not count. rloo (arXiv:2402.14740): less the mean of the others. grpo
+    (arXiv:2402.03300): less the mean of all, in standard deviations."""
     total = torch.where(mask, token_rewards, 0.0).sum(1).view(-1, n)  # (prompts, n)
     counted = mask.any(1).view(-1, n)
     count = counted.sum(1, keepdim=True)
@@ -550,8 +573,9 @@ def group_advantages(token_rewards: Tensor, mask: Tensor, n: int, kind: str) -> 
 
 
 def loss_weights(mask: Tensor, kind: str, limit: int) -> Tensor:
-    """What every token's loss is multiplied with, (B, T), before all are added up. token: mean over the masked tokens
-    (DAPO); sequence: mean over responses of their means (GRPO); constant: as if each had `limit` tokens (Dr. GRPO)."""
+    """What every token's loss is multiplied with, (B, T), before all are added up. token: mean over
+    the masked tokens (DAPO); sequence: mean over responses of their means (GRPO); constant: as if
+    each had `limit` tokens (Dr. GRPO)."""
     lengths = mask.sum(1, keepdim=True)
     responses = (lengths > 0).sum()
     if kind == "token":
@@ -566,8 +590,9 @@ def loss_weights(mask: Tensor, kind: str, limit: int) -> Tensor:
 def policy_loss(
     logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, args: PPOFlags
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """PPO's clipped surrogate, arXiv:1707.06347 equation 7, per token, to be minimised; and where the lower and the
-    upper clip were active. dual_clip bounds what a negative advantage costs (arXiv:1912.09729)."""
+    """PPO's clipped surrogate, arXiv:1707.06347 equation 7, per token, to be minimised; and where
+    the lower and the upper clip were active. dual_clip bounds what a negative advantage costs
+    (arXiv:1912.09729)."""
     ratio = torch.exp(logprobs - old_logprobs)
     clipped = ratio.clamp(1 - args.clip_low, 1 + args.clip_high)
     loss = torch.maximum(-advantages * ratio, -advantages * clipped)
@@ -582,7 +607,8 @@ def policy_loss(
 def value_loss(
     values: Tensor, old_values: Tensor, returns: Tensor, clip: float
 ) -> tuple[Tensor, Tensor]:
-    """Half the squared error per token, with clip > 0 the worse of plain and clipped; and where the clip was active."""
+    """Half the squared error per token, with clip > 0 the worse of plain and clipped; and where the
+    clip was active."""
     error = (values - returns) ** 2
     if not clip:
         return 0.5 * error, torch.zeros_like(error, dtype=torch.bool)
@@ -593,8 +619,8 @@ def value_loss(
 
 
 def add_advantages(batch: Batch, args: Args) -> None:
-    """The score stands on the last response token, a KL penalty on every one; then GAE, or a comparison within the
-    group of answers to one prompt."""
+    """The score stands on the last response token, a KL penalty on every one; then GAE, or a
+    comparison within the group of answers to one prompt."""
     mask = batch.mask
     last = mask & ~nn.functional.pad(mask, (0, 1))[:, 1:]
     token_rewards = torch.where(last, batch.scores[:, None], 0.0)
@@ -641,25 +667,15 @@ def only(chosen: list[int], mask: Tensor) -> Tensor:
     return part
 
 
-def add_scores(batch: Batch) -> None:
-    """What the verifiers said, (B,); a sample that our own machine failed on teaches nothing."""
-    device = batch.mask.device
-    batch.scores = torch.tensor([result["reward"] for result in batch.scored], device=device)
-    sound = torch.tensor([result["status"] != "infra" for result in batch.scored], device=device)
-    if not sound.any():
-        raise RuntimeError(
-            f"every reward failed on our side (infra), for example {batch.scored[0]}"
-        )
-    batch.mask = batch.mask & sound[:, None]
-
-
 def update_policy(
     policy: Trained, lr: float, batch: Batch, chosen: list[int], args: Args, run: Run
 ) -> list[tuple[Tensor, Tensor]]:
-    """One optimizer step on the responses `chosen`. Returns (index, log-probs before the step) of its micro-batches.
+    """One optimizer step on the responses `chosen`. Returns (index, log-probs before the step) of
+    its micro-batches.
 
-    The loss of a token is weighted before anything is added up, with one set of weights for all ranks; times world,
-    because FSDP averages gradients over ranks. So packing, budget and ranks cannot change the gradient."""
+    The loss of a token is weighted before anything is added up, with one set of weights for all
+    ranks; times world, because FSDP averages gradients over ranks. So packing, budget and ranks
+    cannot change the gradient."""
     before = []
     mask = only(chosen, batch.mask)
     weights = run.ranks.world * loss_weights(mask, args.loss_mean, args.max_new_tokens)
@@ -738,14 +754,14 @@ def set_up(args: Args) -> Setup:
     configs = check(args, int(os.environ.get("WORLD_SIZE", 1)))
     tokenizer = AutoTokenizer.from_pretrained(args.model, trust_remote_code=False)
     bars = show_bars()
-    source = data.load(
-        args, tokenizer, args.seed, args.eval_rows, bars
-    )  # before ranks: it may fork
+    # before the ranks know of each other: it may fork
+    source = data.load(args, tokenizer, args.seed, args.eval_rows, bars)
     first_rows = next(iter(source.train.values()))
     first_prompt = tokenizer.decode(first_rows[0]["ids"])
-    read = repr(
-        [(name, len(rows), rows[0]["ids"], rows[-1]["ids"]) for name, rows in source.train.items()]
-    )
+    ends = []
+    for name, rows in source.train.items():
+        ends.append((name, len(rows), rows[0]["ids"], rows[-1]["ids"]))
+    read = repr(ends)
     patience = 2 * args.stall_minutes or 120
     accelerator, ranks = dist.start_ranks(args.bf16, args.sp, args.replicas, patience)
     run = Run(args, ranks)
@@ -755,8 +771,9 @@ def set_up(args: Args) -> Setup:
     tasks = {row["task"] for rows in source.test.values() for row in rows}
     made = rewards.start(tasks, args)
     made |= kernels.setup(configs[0].model_type, bars, args.bf16, args.attention)
-    rows = f"{zlib.crc32(read.encode()):08x}"
-    config = asdict(args) | {"first_prompt": first_prompt, "rows": rows}
+    config = asdict(args)
+    config["first_prompt"] = first_prompt
+    config["rows"] = f"{zlib.crc32(read.encode()):08x}"
     run.find_checkpoint(config, MAY_CHANGE)
     return Setup(args, configs, tokenizer, source, accelerator, run, made)
 
@@ -853,7 +870,8 @@ def announce(setup: Setup) -> None:
 def answer(
     setup: Setup, rows: list[dict], n: int, temperature: float, step: int, purpose: int
 ) -> Answers:
-    """n answers to each row's prompt. They are functions of (seed, step, purpose)."""
+    """n answers to each row's prompt. They are functions of (seed, step, purpose). Purposes are 0: of
+    the step, 1: of an evaluation, 2: of the canary, 3 to 7: of refills."""
     prompts = [row["ids"] for row in rows]
     limit = setup.args.max_new_tokens
     request = rollout.Request(prompts, n, limit, temperature, step, purpose)
@@ -877,20 +895,15 @@ def collect(pending: list, ranks: dist.Ranks) -> list[dict]:
     return dist.gather([future.result() for future in pending], ranks)
 
 
-def refill(setup: Setup, step: int, answers: Answers, pending: list) -> Answers:
-    """Dynamic sampling (DAPO, arXiv:2503.14476): answers to one prompt that are all rewarded alike teach nothing; those
-    to another prompt, of a batch that no step has, take their place. Those that teach come first, each kind in the
-    order it came."""
-    args, ranks, n = setup.args, setup.run.ranks, setup.args.samples_per_prompt
-    answers.scored = collect(pending, ranks)
-    groups = answers.by_prompt(n)
+def refill(answers: Answers, draw: Callable[[int], Answers], args: Args) -> Answers:
+    """Dynamic sampling (DAPO, arXiv:2503.14476): answers to one prompt that are all rewarded alike
+    teach nothing; those to another prompt, of draw(1), draw(2) ... up to `refill` of them, take
+    their place. Returns as many as before: first those that teach, each kind in the order it came."""
+    groups = answers.by_prompt(args.samples_per_prompt)
     for k in range(1, args.refill + 1):
         if sum(group.teaches() for group in groups) >= args.prompts_per_step:
             break
-        rows = next_prompts(setup, 10**6 + 5 * step + k)
-        more = answer(setup, rows, n, args.temperature, step, purpose=2 + k)
-        more.scored = collect(submit(more, args, ranks), ranks)
-        groups += more.by_prompt(n)
+        groups += draw(k).by_prompt(args.samples_per_prompt)
     teaching = [group for group in groups if group.teaches()]
     rest = [group for group in groups if not group.teaches()]
     kept = Answers([], [], [])
@@ -900,6 +913,16 @@ def refill(setup: Setup, step: int, answers: Answers, pending: list) -> Answers:
         kept.texts += group.texts
         kept.scored += group.scored
     return kept
+
+
+def draw_more(setup: Setup, step: int, k: int) -> Answers:
+    """Judged answers to the prompts of a batch that no step has."""
+    args, ranks = setup.args, setup.run.ranks
+    rows = next_prompts(setup, 10**6 + 5 * step + k)
+    n = args.samples_per_prompt
+    answers = answer(setup, rows, n, args.temperature, step, purpose=2 + k)
+    answers.scored = collect(submit(answers, args, ranks), ranks)
+    return answers
 
 
 def next_prompts(setup: Setup, step: int) -> list[dict]:
@@ -921,8 +944,9 @@ def evaluate(setup: Setup) -> tuple[dict[str, float], list[dict]]:
 
 
 def sync(setup: Setup, step: int) -> float:
-    """New weights into the engine; then the canary: fresh answers, on whose log-probs the trainer must agree.
-    Weights stale by many steps show as 0.2, bf16 as about 0.01. Returns the worst engine's mean |difference|."""
+    """New weights into the engine; then the canary: fresh answers, on whose log-probs the trainer
+    must agree. Weights stale by many steps show as 0.2, bf16 as about 0.01. Returns the worst
+    engine's mean |difference|."""
     args, run, source = setup.args, setup.run, setup.source
     setup.engine.load(models.full_weights(setup.policy.model, args.compute_dtype))
     rows = data.batch(source.train, step, 4 * run.ranks.world, args.seed, source.weights)
@@ -973,7 +997,8 @@ def dry_run(setup: Setup) -> list[dict]:
 
 @watch.watched
 def train(args: Args) -> list[dict]:
-    """Runs `args.steps` steps and returns the rows of metrics.jsonl (rank 0: those before a resume, too)."""
+    """Runs `args.steps` steps and returns the rows of metrics.jsonl (rank 0: those before a resume,
+    too)."""
     began = time.perf_counter()
     setup = set_up(args)
     run, device = setup.run, setup.accelerator.device
@@ -1023,7 +1048,8 @@ def train(args: Args) -> list[dict]:
             pending = submit(answers, args, run.ranks)
         with run.phase("sample"):  # more, in place of prompts whose answers are all rewarded alike
             if args.refill:
-                answers = refill(setup, step, answers, pending)
+                answers.scored = collect(pending, run.ranks)
+                answers = refill(answers, partial(draw_more, setup, step), args)
             engine.sleep()  # the card's memory is the trainer's now
         batch = make_batch(answers, device)
         batch.kl_coef = kl_coef
@@ -1140,8 +1166,8 @@ def batch_metrics(batch: Batch, args: Args, run: Run) -> dict[str, float]:
 
 
 def critic_metrics(values: Tensor, returns: Tensor, mask: Tensor) -> dict[str, float]:
-    """Explained variance is 1 when the critic knows every return, 0 when it is no better than a constant. Calibration:
-    mean values and returns of the four quarters of each response."""
+    """Explained variance is 1 when the critic knows every return, 0 when it is no better than a
+    constant. Calibration: mean values and returns of the four quarters of each response."""
     v = values[mask]
     r = returns[mask]
     row = {
@@ -1164,7 +1190,8 @@ def critic_metrics(values: Tensor, returns: Tensor, mask: Tensor) -> dict[str, f
 
 
 def adapted(kl_coef: float, kl: float, args: Args) -> float:
-    """arXiv:1909.08593, section 2.2: larger when the KL is above its target, by at most a fifth in 10,000 samples."""
+    """arXiv:1909.08593, section 2.2: larger when the KL is above its target, by at most a fifth in
+    10,000 samples."""
     error = min(max(kl / args.kl_target - 1, -0.2), 0.2)
     return kl_coef * (1 + error * args.batch_size / 10_000)
 

@@ -1,10 +1,13 @@
 """Token ids in, sampled token ids and their log-probs out; weights in; memory given back.
 
-Owns: two engines with the same four methods, sample / load / sleep / wake, and no base class. VLLMSampler is vLLM in
-the trainer's own process. TorchSampler is plain PyTorch with a KV cache: for teaching, for debugging, and as a second
-opinion in the tests.
-Refuses to know: rewards, losses, datasets, text. Ids are never decoded and re-encoded on the way to the trainer.
-Left out on purpose: top_p and top_k. They change the distribution sampled from, and with it every ratio in the loss.
+Owns: two engines with the same four methods, sample / load / sleep / wake, and no base class.
+VLLMSampler is vLLM in the trainer's own process. TorchSampler is plain PyTorch with a KV cache: for
+teaching, for debugging, and as a second opinion in the tests. Anything with these methods is an
+engine: `make_sampler` is the place to name a new one.
+Refuses to know: rewards, losses, datasets, text. Ids are never decoded and re-encoded on the way to
+the trainer.
+Left out on purpose: top_p and top_k. They change the distribution sampled from, and with it every
+ratio in the loss.
 """
 
 import gc
@@ -22,12 +25,12 @@ from infra.dist import Ranks, everywhere, gather, share
 
 
 class Sample(NamedTuple):
-    ids: list[
-        int
-    ]  # the response; ends with an EOS id, or completes a stop text, if and only if `finished`
-    logprobs: list[
-        float
-    ]  # of each id under the engine's weights at the sampling temperature (at 1 when greedy)
+    """One response."""
+
+    # ends with an EOS id, or completes a stop text, if and only if `finished`
+    ids: list[int]
+    # of each id under the engine's weights at the sampling temperature (at 1 when greedy)
+    logprobs: list[float]
     finished: bool  # the model chose to stop; False: cut at max_new_tokens
 
 
@@ -38,7 +41,8 @@ class Rollout(NamedTuple):
     """The samples of one step as tensors; index t of each is about token t."""
 
     ids: Tensor  # (B, T) long: prompt + response, right-padded with 0
-    mask: Tensor  # (B, T) bool: the policy chose this token; EOS included. Made from lengths, never from ids
+    # (B, T) bool: the policy chose this token; EOS included. Made from lengths, never from ids
+    mask: Tensor
     sampler_logprobs: Tensor  # (B, T) fp32, 0 outside the mask
     lengths: list[int]  # B, prompt + response
 
@@ -47,16 +51,22 @@ def collate(
     prompts: list[list[int]], samples: list[Sample], device: torch.device | str = "cpu"
 ) -> Rollout:
     """One row for each (prompt, sample) pair."""
-    lengths = [len(p) + len(s.ids) for p, s in zip(prompts, samples, strict=True)]
+    lengths = []
+    for prompt, sample in zip(prompts, samples, strict=True):
+        lengths.append(len(prompt) + len(sample.ids))
     width = max(lengths)
-    fill = [width - length for length in lengths]
-    ids = [p + s.ids + [0] * f for p, s, f in zip(prompts, samples, fill)]
-    mask = [
-        [False] * len(p) + [True] * len(s.ids) + [False] * f
-        for p, s, f in zip(prompts, samples, fill)
-    ]
-    logprobs = [[0.0] * len(p) + s.logprobs + [0.0] * f for p, s, f in zip(prompts, samples, fill)]
-    return Rollout(*(torch.tensor(x, device=device) for x in (ids, mask, logprobs)), lengths)
+    ids, mask, logprobs = [], [], []
+    for prompt, sample, length in zip(prompts, samples, lengths):
+        padding = width - length
+        ids.append(prompt + sample.ids + [0] * padding)
+        mask.append([False] * len(prompt) + [True] * len(sample.ids) + [False] * padding)
+        logprobs.append([0.0] * len(prompt) + sample.logprobs + [0.0] * padding)
+    return Rollout(
+        torch.tensor(ids, device=device),
+        torch.tensor(mask, device=device),
+        torch.tensor(logprobs, device=device),
+        lengths,
+    )
 
 
 def summary(samples: list[Sample], seconds: float) -> dict[str, float]:
@@ -70,16 +80,20 @@ def summary(samples: list[Sample], seconds: float) -> dict[str, float]:
 
 
 def mismatch(trainer: Tensor, engine: Tensor, cap: float) -> dict[str, float]:
-    """How far the engine's log-probs of its samples are from the trainer's, both (K,); `cap` truncates the ratio."""
+    """How far the engine's log-probs of its samples are from the trainer's, both (K,); `cap`
+    truncates the ratio."""
     gap = trainer - engine
+    ratio = gap.exp()
+    clipped = 0.0
+    if cap:
+        clipped = (ratio > cap).float().mean().item()
     return {
         "mismatch/logp_abs_mean": gap.abs().mean().item(),
         "mismatch/logp_abs_max": gap.abs().max().item(),
-        "mismatch/kl": (gap.exp() - 1 - gap)
-        .mean()
-        .item(),  # KL(engine || trainer), the k3 estimate
+        # KL(engine || trainer), the k3 estimate
+        "mismatch/kl": (ratio - 1 - gap).mean().item(),
         "mismatch/ratio_max": gap.max().exp().item(),
-        "mismatch/clipped_frac": (gap.exp() > cap).float().mean().item() if cap else 0.0,
+        "mismatch/clipped_frac": clipped,
     }
 
 
@@ -93,8 +107,8 @@ def records(
     decode: Callable | None = None,
     **numbers: Tensor,
 ) -> list[dict]:
-    """Rows of samples.jsonl: all, or `count` of them. With `decode`: the texts of each response's last MOST_TOKENS, and
-    their `numbers`, (B, T) as in Rollout."""
+    """Rows of samples.jsonl: all, or `count` of them. With `decode`: the texts of each response's
+    last MOST_TOKENS, and their `numbers`, (B, T) as in Rollout."""
     every = math.ceil(len(rows) / (count or len(rows)))
     out = []
     for b in range(0, len(rows), every):
@@ -117,7 +131,8 @@ def records(
 
 
 def show(samples: list[dict]) -> str:
-    """Rows of samples.jsonl, for people: what was asked, said and judged; lists of tokens stay in the file."""
+    """Rows of samples.jsonl, for people: what was asked, said and judged; lists of tokens stay in
+    the file."""
     lines = []
     for sample in samples:
         judged = []
@@ -136,23 +151,29 @@ def stream(seed: int, step: int, purpose: int) -> int:
 
 
 def eos_ids(path: str, tokenizer) -> list[int]:
-    """Every id that ends a response: the tokenizer's and those of generation_config.json (chat models have several)."""
+    """Every id that ends a response: the tokenizer's and those of generation_config.json (chat
+    models have several)."""
     from transformers import GenerationConfig
 
+    found = [tokenizer.eos_token_id]
     try:
         more = GenerationConfig.from_pretrained(path).eos_token_id
     except OSError:  # the folder has none
         more = None
-    more = more if isinstance(more, list) else [more]
-    return sorted({i for i in [tokenizer.eos_token_id, *more] if i is not None})
+    if isinstance(more, list):
+        found += more
+    else:
+        found.append(more)
+    return sorted({token for token in found if token is not None})
 
 
 class VLLMSampler:
-    """One engine a rank, or one a group of `tp` consecutive ranks. Build it after torch.distributed is up.
+    """One engine a rank, or one a group of `tp` consecutive ranks. Build it after torch.distributed
+    is up.
 
-    `max_len` bounds prompt + response, `max_seqs` what is decoded at once; `gpu_memory` is the share of the card for
-    weights and KV cache while awake, `kv_cache_mb` the KV cache on CPU. `eos_ids` and the texts `stop` end a response.
-    """
+    `max_len` bounds prompt + response, `max_seqs` what is decoded at once; `gpu_memory` is the
+    share of the card for weights and KV cache while awake, `kv_cache_mb` the KV cache on CPU.
+    `eos_ids` and the texts `stop` end a response."""
 
     def __init__(
         self,
@@ -167,8 +188,11 @@ class VLLMSampler:
         seed: int = 0,
         stop: tuple[str, ...] = (),
     ):
+        self.eos_ids = eos_ids
+        self.stop = list(stop)
+        self.max_len = max_len
+        self.awake = True
         cuda = torch.cuda.is_available()
-        torchrun = dist.is_initialized()
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine core lives in this process
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         local_world = os.environ.get("LOCAL_WORLD_SIZE")  # vLLM on CPU overwrites it
@@ -176,16 +200,17 @@ class VLLMSampler:
             _prepare_cpu()
         from vllm import LLM
 
-        special = (
-            {"gpu_memory_utilization": gpu_memory}
-            if cuda
-            else {"kv_cache_memory_bytes": kv_cache_mb << 20}
-        )
-        if not cuda:  # a prompt fed in two parts makes a seeded request fail there ("Generator does not use offset")
-            special |= {
-                "enable_chunked_prefill": False,
-                "max_num_batched_tokens": max(4096, max_len),
-            }
+        options = {}
+        if cuda:
+            options["gpu_memory_utilization"] = gpu_memory
+        else:
+            options["kv_cache_memory_bytes"] = kv_cache_mb << 20
+            # a prompt fed in two parts makes a seeded request fail there ("Generator does not use
+            # offset")
+            options["enable_chunked_prefill"] = False
+            options["max_num_batched_tokens"] = max(4096, max_len)
+        if dist.is_initialized():
+            options["distributed_executor_backend"] = "external_launcher"
         try:
             self.llm = LLM(
                 path,
@@ -193,33 +218,33 @@ class VLLMSampler:
                 load_format="safetensors",  # never a pickle
                 dtype=dtype,
                 tensor_parallel_size=tp,
-                distributed_executor_backend="external_launcher" if torchrun else None,
                 enable_sleep_mode=cuda,
-                enforce_eager=not cuda,  # CUDA graphs there; on CPU compiling takes a minute and gains nothing
+                # CUDA graphs there; on CPU compiling takes a minute and gains nothing
+                enforce_eager=not cuda,
                 max_model_len=max_len,
                 max_num_seqs=max_seqs,
                 seed=seed,  # note: reseeds this process; equal on all ranks
-                logprobs_mode="processed_logprobs",  # after temperature, as the trainer computes them
+                # after temperature, as the trainer computes them
+                logprobs_mode="processed_logprobs",
                 use_tqdm_on_load=False,
-                **special,
+                **options,
             )
         except Exception as error:
-            free, total = (x / 2**30 for x in torch.cuda.mem_get_info()) if cuda else (0.0, 0.0)
-            text = f"of {total:.1f} GB {free:.1f} are free, --gpu_memory asks for {gpu_memory * total:.1f}: lower it"
-            text = text if cuda else "lower --max_new_tokens"
-            raise RuntimeError(f"the engine did not start ({text}): {error}") from error
+            advice = "lower --max_new_tokens"
+            if cuda:
+                free, total = torch.cuda.mem_get_info()
+                advice = (
+                    f"of {total / 2**30:.1f} GB {free / 2**30:.1f} are free, "
+                    f"--gpu_memory asks for {gpu_memory * total / 2**30:.1f}: lower it"
+                )
+            raise RuntimeError(f"the engine did not start ({advice}): {error}") from error
         if local_world is not None:
             os.environ["LOCAL_WORLD_SIZE"] = local_world
-        self.eos_ids, self.stop, self.max_len, self.awake = eos_ids, list(stop), max_len, True
-        self.rank, self.group = 0, None
+        self.rank = 0  # among those that share this engine
+        self.group = None
         if tp > 1:
             self.rank = dist.get_rank() % tp
-            for first in range(
-                0, dist.get_world_size(), tp
-            ):  # new_group is collective: every rank makes every group
-                group = dist.new_group(list(range(first, first + tp)))
-                if first <= dist.get_rank() < first + tp:
-                    self.group = group
+            self.group = _group_of_this_rank(tp)
 
     def sample(
         self,
@@ -228,60 +253,63 @@ class VLLMSampler:
         max_new_tokens: int,
         temperature: float,
         seed: int,
-        progress=False,
+        progress: bool = False,
     ) -> list[Sample]:
-        """n samples of every prompt, neighbours together. Sample j of prompt i has seed `seed + i * n + j`, so the
-        answer does not depend on what else is in the batch, on the rank, or on anybody's random state."""
+        """n samples of every prompt, neighbours together. Sample j of prompt i has seed
+        `seed + i * n + j`, so the answer does not depend on what else is in the batch, on the rank,
+        or on anybody's random state."""
         from vllm import SamplingParams
 
         self.wake()
         requests = [(ids, seed + i * n) for i, ids in enumerate(prompts)]
-        mine = slice(0, len(requests))
-        if (
-            self.group is not None
-        ):  # ranks of one engine must ask for the same things in the same order
+        first = 0  # of this rank's own requests
+        if self.group is not None:  # ranks of one engine must ask for the same things in one order
             asked: list = [None] * dist.get_world_size(self.group)
             dist.all_gather_object(asked, requests, group=self.group)
-            before = sum(len(a) for a in asked[: self.rank])
-            mine = slice(before, before + len(requests))
-            requests = [r for a in asked for r in a]
-        params = [
-            SamplingParams(
-                n=n,
-                temperature=temperature,
-                max_tokens=min(max_new_tokens, self.max_len - len(ids)),
-                seed=s,
-                stop_token_ids=self.eos_ids,
-                ignore_eos=True,
-                logprobs=0,
-                flat_logprobs=True,
-                stop=self.stop,
-                include_stop_str_in_output=True,
-                detokenize=bool(self.stop),
-                skip_special_tokens=False,
+            first = sum(len(part) for part in asked[: self.rank])
+            requests = [request for part in asked for request in part]
+        if not requests:  # more ranks than prompts
+            return []
+        inputs, params = [], []
+        for ids, first_seed in requests:
+            inputs.append({"prompt_token_ids": ids})
+            params.append(
+                SamplingParams(
+                    n=n,
+                    temperature=temperature,
+                    max_tokens=min(max_new_tokens, self.max_len - len(ids)),
+                    seed=first_seed,
+                    stop_token_ids=self.eos_ids,
+                    ignore_eos=True,
+                    logprobs=0,
+                    flat_logprobs=True,
+                    stop=self.stop,
+                    include_stop_str_in_output=True,
+                    detokenize=bool(self.stop),
+                    skip_special_tokens=False,
+                )
             )
-            for ids, s in requests
-        ]
         self.llm.reset_prefix_cache()  # so that a call depends on nothing before it
-        inputs = [{"prompt_token_ids": ids} for ids, _ in requests]
-        outputs = (
-            self.llm.generate(inputs, params, use_tqdm=progress) if inputs else []
-        )  # more ranks than prompts
-        return [
-            Sample(list(c.token_ids), list(c.logprobs.logprobs), c.finish_reason == "stop")
-            for out in outputs[mine]
-            for c in out.outputs
-        ]
+        outputs = self.llm.generate(inputs, params, use_tqdm=progress)
+        samples = []
+        for output in outputs[first : first + len(prompts)]:
+            for completion in output.outputs:
+                ids = list(completion.token_ids)
+                logprobs = list(completion.logprobs.logprobs)
+                samples.append(Sample(ids, logprobs, completion.finish_reason == "stop"))
+        return samples
 
     def load(self, named_tensors: Iterable[tuple[str, Tensor]]) -> None:
-        """New weights under their Hugging Face names, one at a time from a generator (collective for tp > 1: every
-        rank iterates). vLLM fuses q/k/v, slices for its rank, casts and copies in place."""
+        """New weights under their Hugging Face names, one at a time from a generator (collective
+        for tp > 1: every rank iterates). vLLM fuses q/k/v, slices for its rank, casts and copies in
+        place."""
         self.wake()
         self.llm.apply_model(lambda model: model.load_weights(named_tensors))
         self.llm.reset_prefix_cache()
 
     def sleep(self) -> None:
-        """Gives weights and KV cache back to the card. Level 2 keeps no copy: `load` must come before `sample`."""
+        """Gives weights and KV cache back to the card. Level 2 keeps no copy: `load` must come
+        before `sample`."""
         if self.awake and torch.cuda.is_available():
             self.llm.sleep(level=2)
             self.awake = False
@@ -300,7 +328,8 @@ class VLLMSampler:
 
 @dataclass
 class Request:
-    """What the samplers are asked for, on all ranks alike. `limit` tokens each; (step, purpose) choose the seeds."""
+    """What the samplers are asked for, on all ranks alike. `limit` tokens each; (step, purpose)
+    choose the seeds."""
 
     prompts: list[list[int]]
     n: int
@@ -311,10 +340,11 @@ class Request:
 
 
 class Engine:
-    """The samplers of all ranks, which are asked together. When one fails, every rank makes a new one, with the weights
-    that `rescue(what failed)` gives, and asks again, once.
+    """The samplers of all ranks, which are asked together. When one fails, every rank makes a new
+    one, with the weights that `rescue(what failed)` gives, and asks again, once.
 
-    A sampler is anything with sample, load, sleep and wake. `close` is called where there is one."""
+    A sampler is anything with sample, load, sleep and wake. `close` is called where there is
+    one."""
 
     def __init__(
         self,
@@ -332,8 +362,8 @@ class Engine:
         self.sampler = make()
 
     def ask(self, request: Request) -> list[Sample]:
-        """n samples of each prompt, on all ranks; each rank asks for its share. They are functions of (seed, step,
-        purpose) and a prompt's place alone."""
+        """n samples of each prompt, on all ranks; each rank asks for its share. They are functions
+        of (seed, step, purpose) and a prompt's place alone."""
         for attempt in (1, 2):
             samples, error = [], ""
             try:
@@ -371,10 +401,22 @@ class Engine:
         self.sampler.sleep()
 
     def close(self) -> None:
-        """The last call of a run."""
+        """The last call of a run; afterwards there is no torch.distributed."""
         close = getattr(self.sampler, "close", None)
         if close:
             close()
+        elif dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _group_of_this_rank(tp: int) -> dist.ProcessGroup:
+    """The `tp` consecutive ranks that share an engine. Collective: every rank makes every group."""
+    mine = None
+    for first in range(0, dist.get_world_size(), tp):
+        group = dist.new_group(list(range(first, first + tp)))
+        if first <= dist.get_rank() < first + tp:
+            mine = group
+    return mine
 
 
 def _prepare_cpu() -> None:
@@ -382,15 +424,16 @@ def _prepare_cpu() -> None:
     import vllm.distributed.device_communicators.cpu_communicator as communicator
     import vllm.model_executor.layers.utils as layers
 
-    # Linear weights are repacked into an opaque handle and emptied, after which load_weights raises and reload_weights
-    # leaves a tied lm_head stale. Keep them plain, as vLLM itself does for layers marked _cpu_skip_gemm_dispatch.
+    # Linear weights are repacked into an opaque handle and emptied, after which load_weights raises
+    # and reload_weights leaves a tied lm_head stale. Keep them plain, as vLLM itself does for
+    # layers marked _cpu_skip_gemm_dispatch.
     def keep_plain(layer, remove_weight):
         layer.cpu_linear = torch.nn.functional.linear
 
     layers.dispatch_cpu_unquantized_gemm = keep_plain
 
-    # Tensor-parallel ranks meet in a shared-memory segment whose name has no run in it: a second run on the machine,
-    # or the remains of a killed one, would collide.
+    # Tensor-parallel ranks meet in a shared-memory segment whose name has no run in it: a second
+    # run on the machine, or the remains of a killed one, would collide.
     def name(c):
         return f"{os.environ['MASTER_PORT']}-{c.unique_name}-[{'-'.join(map(str, c.ranks))}]-cpushm"
 
@@ -398,7 +441,8 @@ def _prepare_cpu() -> None:
 
 
 class TorchSampler:
-    """The same in plain PyTorch: a KV cache, left-padded prompts, one forward a token, `max_seqs` sequences at once."""
+    """The same in plain PyTorch: a KV cache, left-padded prompts, one forward a token, `max_seqs`
+    sequences at once."""
 
     def __init__(
         self,
@@ -411,15 +455,25 @@ class TorchSampler:
     ):
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
-        device = f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu"
-        safe = {"use_safetensors": True, "trust_remote_code": False}
+        self.device = "cpu"
+        if torch.cuda.is_available():
+            self.device = f"cuda:{torch.cuda.current_device()}"
         model = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, attn_implementation="sdpa", **safe
+            path,
+            dtype=dtype,
+            attn_implementation="sdpa",
+            use_safetensors=True,
+            trust_remote_code=False,
         )
-        self.model = model.to(device)
+        self.model = model.to(self.device)
         self.model.requires_grad_(False).eval()
-        self.eos_ids, self.max_len, self.max_seqs, self.device = eos_ids, max_len, max_seqs, device
-        self.stop, self.tokenizer = stop, AutoTokenizer.from_pretrained(path) if stop else None
+        self.eos_ids = torch.tensor(eos_ids, device=self.device)
+        self.max_len = max_len
+        self.max_seqs = max_seqs
+        self.stop = stop
+        self.tokenizer = None
+        if stop:
+            self.tokenizer = AutoTokenizer.from_pretrained(path)
 
     @torch.no_grad()
     def sample(
@@ -429,80 +483,91 @@ class TorchSampler:
         max_new_tokens: int,
         temperature: float,
         seed: int,
-        progress=False,
+        progress: bool = False,
     ) -> list[Sample]:
         """As VLLMSampler.sample, with other random numbers for the same seeds."""
         self.wake()
         jobs = [(ids, seed + i * n + j) for i, ids in enumerate(prompts) for j in range(n)]
-        chunks = [jobs[s : s + self.max_seqs] for s in range(0, len(jobs), self.max_seqs)]
+        starts = range(0, len(jobs), self.max_seqs)
         if progress:
             from tqdm import tqdm
 
-            chunks = tqdm(chunks, desc="sampling", leave=False)
-        return [
-            sample
-            for chunk in chunks
-            for sample in self._decode(chunk, max_new_tokens, temperature)
-        ]
+            starts = tqdm(starts, desc="sampling", leave=False)
+        samples = []
+        for start in starts:
+            chunk = jobs[start : start + self.max_seqs]
+            samples += self._decode(chunk, max_new_tokens, temperature)
+        return samples
 
     def _decode(
         self, jobs: list[tuple[list[int], int]], max_new_tokens: int, temperature: float
     ) -> list[Sample]:
-        width = max(len(ids) for ids, _ in jobs)
-        ids = torch.tensor([[0] * (width - len(p)) + p for p, _ in jobs], device=self.device)
-        real = torch.tensor(
-            [[0] * (width - len(p)) + [1] * len(p) for p, _ in jobs], device=self.device
-        )
-        limits = [min(max_new_tokens, self.max_len - len(p)) for p, _ in jobs]
-        draws = torch.stack(
-            [torch.rand(max(limits), generator=torch.Generator().manual_seed(s)) for _, s in jobs]
-        )
-        cache, tokens, logprobs = None, [], []
+        """One response for each (prompt, seed)."""
+        width = max(len(prompt) for prompt, _ in jobs)
+        ids, real, limits = [], [], []
+        for prompt, _ in jobs:
+            padding = width - len(prompt)
+            ids.append([0] * padding + prompt)
+            real.append([0] * padding + [1] * len(prompt))
+            limits.append(min(max_new_tokens, self.max_len - len(prompt)))
+        ids = torch.tensor(ids, device=self.device)
+        real = torch.tensor(real, device=self.device)  # (B, tokens so far): not padding
+        draws = []  # a response's own uniform numbers
+        for _, seed in jobs:
+            draws.append(torch.rand(max(limits), generator=torch.Generator().manual_seed(seed)))
+        draws = torch.stack(draws)
+
+        cache = None
         done = torch.zeros(len(jobs), dtype=torch.bool, device=self.device)
+        tokens: list[list[int]] = [[] for _ in jobs]
+        logprobs: list[list[float]] = [[] for _ in jobs]
         for t in range(max(limits)):
             position = (real.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
-            out = self.model(ids, attention_mask=real, position_ids=position, past_key_values=cache, use_cache=True,
-                             logits_to_keep=1)  # fmt: skip
+            out = self.model(
+                ids,
+                attention_mask=real,
+                position_ids=position,
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
             cache = out.past_key_values
-            logp = torch.log_softmax(
-                out.logits[:, -1].float() / (temperature or 1.0), dim=-1
-            )  # (B, V)
-            if temperature:  # inverse-CDF sampling with the sequence's own uniform number
-                cdf = logp.exp().double().cumsum(-1)
-                draw = draws[:, t, None].to(cdf) * cdf[:, -1:]
-                ids = torch.searchsorted(cdf, draw, right=True).clamp(max=logp.shape[1] - 1)
+            logits = out.logits[:, -1].float() / (temperature or 1.0)
+            logp = torch.log_softmax(logits, dim=-1)  # (B, V)
+            if temperature:
+                ids = _draw(logp, draws[:, t, None])
             else:
                 ids = logp.argmax(-1, keepdim=True)
-            tokens.append(ids[:, 0])
-            logprobs.append(logp.gather(1, ids)[:, 0])
+            new_ids = ids[:, 0].tolist()
+            new_logprobs = logp.gather(1, ids)[:, 0].tolist()
+            for b in range(len(jobs)):
+                tokens[b].append(new_ids[b])
+                logprobs[b].append(new_logprobs[b])
             real = torch.cat([real, torch.ones_like(ids)], dim=1)
-            done |= torch.isin(ids[:, 0], torch.tensor(self.eos_ids, device=self.device))
-            for i in (~done).nonzero()[:, 0].tolist() if self.stop else ():
-                done[i] = self._stops([step[i].item() for step in tokens])
+            done |= torch.isin(ids[:, 0], self.eos_ids)
+            if self.stop:
+                for b in (~done).nonzero()[:, 0].tolist():
+                    done[b] = self._stops(tokens[b])
             if done.all():
                 break
-        samples = []
-        for row, logp, limit in zip(
-            torch.stack(tokens, 1).tolist(), torch.stack(logprobs, 1).tolist(), limits
-        ):
-            ends = (
-                t + 1
-                for t, token in enumerate(row[:limit])
-                if token in self.eos_ids or self._stops(row[: t + 1])
-            )
-            end = next(ends, None)
-            length = end or min(limit, len(row))
-            samples.append(Sample(row[:length], logp[:length], end is not None))
-        return samples
+        return [self._cut(*parts) for parts in zip(tokens, logprobs, limits)]
+
+    def _cut(self, tokens: list[int], logprobs: list[float], limit: int) -> Sample:
+        """What comes after the end of a response is not part of it."""
+        end_ids = self.eos_ids.tolist()
+        for t, token in enumerate(tokens[:limit]):
+            if token in end_ids or self._stops(tokens[: t + 1]):
+                return Sample(tokens[: t + 1], logprobs[: t + 1], True)
+        return Sample(tokens[:limit], logprobs[:limit], False)
 
     def _stops(self, ids: list[int]) -> bool:
         """Do these tokens complete one of the texts that end a response?"""
-        longest = max(
-            map(len, self.stop), default=0
-        )  # a token is at least a byte, a character at most four
-        return bool(self.stop) and any(
-            s in self.tokenizer.decode(ids[-4 * longest - 4 :]) for s in self.stop
-        )
+        if not self.stop:
+            return False
+        longest = max(len(text) for text in self.stop)
+        # a token is at least a byte, a character at most four
+        ending = self.tokenizer.decode(ids[-4 * longest - 4 :])
+        return any(text in ending for text in self.stop)
 
     @torch.no_grad()
     def load(self, named_tensors: Iterable[tuple[str, Tensor]]) -> None:
@@ -523,6 +588,13 @@ class TorchSampler:
     def close(self) -> None:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _draw(logp: Tensor, uniform: Tensor) -> Tensor:
+    """Inverse-CDF sampling: logp (B, V), a number in [0, 1) for each row (B, 1) -> ids (B, 1)."""
+    cdf = logp.exp().double().cumsum(-1)
+    target = uniform.to(cdf) * cdf[:, -1:]
+    return torch.searchsorted(cdf, target, right=True).clamp(max=logp.shape[1] - 1)
 
 
 def make_sampler(

@@ -55,4 +55,4 @@ FLAGS=(
 )
 [[ " $* " == *" --advantage "* ]] || FLAGS+=(--critic_warmup 1) # the other advantages have no critic
 torchrun --standalone --nproc_per_node "$NPROC" ppo.py "${FLAGS[@]}" "$@"
-[ ! -e "$OUT/metrics.jsonl" ] || python report.py "$OUT" --png "$OUT" # none with --steps 0 or --plan
+[ ! -e "$OUT/metrics.jsonl" ] || python tools/report.py "$OUT" --png "$OUT" # none with --steps 0 or --plan

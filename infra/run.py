@@ -1,7 +1,7 @@
 """Everything that happens around a step of PPO and is not PPO.
 
-A Run owns the run folder, the log, the clocks, checkpoints, and the ways in which a run ends in order. The loop in
-ppo.py calls it; none of these calls changes a number.
+A Run owns the run folder, the log, the clocks, checkpoints, and the ways in which a run ends in
+order. The loop in ppo.py calls it; none of these calls changes a number.
 
     run.phase(name)          times a block, measures its memory, shows it to the watch over hangs, profiles it
     run.progress(items)      the items; each one that is begun is a sign of life for the watch
@@ -11,8 +11,7 @@ ppo.py calls it; none of these calls changes a number.
     run.save_if_due(row)     a checkpoint, if flags or the clock say so
     run.should_stop()        SIGTERM, Ctrl-C, --max_minutes: the same answer on every rank
 
-Refuses to know: what is trained, and by which formula.
-"""
+Refuses to know: what is trained, and by which formula."""
 
 import importlib
 import json
@@ -90,8 +89,8 @@ class Run:
     # ------------------------------------------------------------------------- set-up and end
 
     def find_checkpoint(self, config: dict, may_change: set[str]) -> None:
-        """With --resume auto, the newest whole checkpoint of the run folder; its flags must be those of `config`, but
-        for those that `may_change`."""
+        """With --resume auto, the newest whole checkpoint of the run folder; its flags must be
+        those of `config`, but for those that `may_change`."""
         self.config = config
         found = []
         if self.args.resume == "auto":
@@ -156,9 +155,10 @@ class Run:
     # ---------------------------------------------------------------------------------- guards
 
     def check_finite(self, batch, update: dict | None = None, **tensors: Tensor | None) -> None:
-        """Ends the run on all ranks when one of the tensors is not finite on one of them. What the step was made of
-        stays in bad_step_N: weights and moments as they are now, and in batch.pt `batch` and which `update` of it was
-        tried. Collective, unless there are no tensors (which all ranks must know alike)."""
+        """Ends the run on all ranks when one of the tensors is not finite on one of them. What the
+        step was made of stays in bad_step_N: weights and moments as they are now, and in batch.pt
+        `batch` and which `update` of it was tried. Collective, unless there are no tensors (which
+        all ranks must know alike)."""
         if not tensors:
             return
         bad = [text for texts in self.everywhere(not_finite(**tensors)) for text in texts]
@@ -188,8 +188,9 @@ class Run:
         return bool(self.stopped)
 
     def warn_if_diverging(self, row: dict, young: bool) -> None:
-        """Warns about a step's metrics, at the 1st, 10th, 20th ... time in a row. A `young` critic may be wrong.
-        RuntimeError, and the weights aside, when it has gone on for too long. Alike on all ranks."""
+        """Warns about a step's metrics, at the 1st, 10th, 20th ... time in a row. A `young` critic
+        may be wrong. RuntimeError, and the weights aside, when it has gone on for too long. Alike
+        on all ranks."""
         for name, (is_bad, limit, meaning) in GUARDS.items():
             bad = name in row and is_bad(row[name])
             if young and name.startswith("critic/"):
@@ -221,7 +222,8 @@ class Run:
             self.history.append(row)
 
     def save(self, name: str, wait: bool = False) -> None:
-        """A checkpoint of step `done`. What is not in it is a function of the step: prompts, seeds, learning rates."""
+        """A checkpoint of step `done`. What is not in it is a function of the step: prompts, seeds,
+        learning rates."""
         final = self.out / name
         folder = self.saver.begin(final, self.trained, self.everywhere)
         parts = checkpoint.checkpoint_parts(self.trained, self.ranks, self.tokenizer, folder)
@@ -270,7 +272,8 @@ def not_finite(**tensors: Tensor | None) -> list[str]:
 
 
 def check_folder(out: Path, resume: bool) -> None:
-    """Nothing is written over, and nothing into a folder of something else; models' have a config.json, too."""
+    """Nothing is written over, and nothing into a folder of something else; models' have a
+    config.json, too."""
     if not out.exists():
         return
     names = {path.name for path in out.iterdir()}
@@ -287,7 +290,8 @@ def check_folder(out: Path, resume: bool) -> None:
 
 
 class RunFolder:
-    """config.json, metrics.jsonl, samples.jsonl, a copy of the code, and the same numbers for W&B. Rank 0 has one."""
+    """config.json, metrics.jsonl, samples.jsonl, a copy of the code, and the same numbers for W&B.
+    Rank 0 has one."""
 
     def __init__(self, out: Path, config: dict, start: int, project: str | None):
         self.out = out
@@ -305,7 +309,8 @@ class RunFolder:
         self.board = start_wandb(project, out.name, config)
 
     def log(self, row: dict, samples: list[dict] = ()) -> None:
-        """On the disk when it returns: the samples first, so that a row says that its samples are there."""
+        """On the disk when it returns: the samples first, so that a row says that its samples are
+        there."""
         self.history.append(row)
         sync_append(self.out / "samples.jsonl", lines(samples))
         sync_append(self.out / "metrics.jsonl", lines([row]))
@@ -326,7 +331,8 @@ def lines(rows: list[dict]) -> str:
 
 
 def read_rows(path: Path, last_step: int) -> list[dict]:
-    """Rows of a JSONL file up to that step; lines torn by the end of the machine are told and left out."""
+    """Rows of a JSONL file up to that step; lines torn by the end of the machine are told and left
+    out."""
     rows = []
     if not path.exists():
         return rows

@@ -72,10 +72,10 @@ class ByHand:
         """Advantages, and what the critic learns, of every token of every response."""
         f, everyone = self.f, range(len(self.answers))
         token_rewards = [[0.0] * (len(s.ids) - 1) + [r] for s, r in zip(self.answers, self.rewards)]
-        if f.kl_coef and f.kl_in.startswith("reward"):
+        if f.kl_coef and f.kl_in == "reward":
             for b in everyone:
                 for t, (x, y) in enumerate(zip(self.old[b], self.ref[b])):
-                    token_rewards[b][t] -= self.kl_coef * kl_by_hand(f.kl_in[-2:], x, y).item()
+                    token_rewards[b][t] -= self.kl_coef * kl_by_hand(f.kl_estimator, x, y).item()
         if f.advantage in ("grpo", "rloo"):
             n, totals, out = f.samples_per_prompt, [sum(row) for row in token_rewards], []
             for b in everyone:
@@ -85,7 +85,7 @@ class ByHand:
                 out.append([grpo if f.advantage == "grpo" else rloo] * len(token_rewards[b]))
             return out, []
         values = [[v.item() for v in row] if f.advantage == "gae" else [0.0] * len(row) for row in self.old_values]
-        lams = [max(0.0, 1 - 1 / (0.05 * len(row))) if f.lam == "length" else f.lam for row in values]
+        lams = [max(0.0, 1 - 1 / (f.lam_adaptive * len(row))) if f.lam_adaptive else f.lam for row in values]
         raw = [gae_by_hand(r, v, f.gamma, lam) for r, v, lam in zip(token_rewards, values, lams)]
         flat = [x for row in raw for x in row]
         mean, std = statistics.mean(flat), statistics.pstdev(flat)
@@ -94,16 +94,17 @@ class ByHand:
         return [[(x - mean) / std for x in row] for row in raw], returns
 
     def policy_loss(self, b: int, t: int, logprob, entropy, advantage: float):
-        (low, high, *dual), ratio, f = self.f.clip, (logprob - self.old[b][t]).exp(), self.f
+        ratio, f = (logprob - self.old[b][t]).exp(), self.f
+        low, high, dual = f.clip_low, f.clip_high, f.dual_clip
         limited = ratio if 1 - low <= ratio <= 1 + high else torch.tensor(1 - low if ratio < 1 else 1 + high)
         loss = -min(ratio * advantage, limited * advantage)
-        if dual and advantage < 0 and loss > -advantage * dual[0]:
-            loss, self.bounded = torch.tensor(-advantage * dual[0]), self.bounded + 1
+        if dual and advantage < 0 and loss > -advantage * dual:
+            loss, self.bounded = torch.tensor(-advantage * dual), self.bounded + 1
         if f.tis_cap:
             loss = loss * min((self.old[b][t] - self.answers[b].logprobs[t] - self.lag[t % 3]).exp().item(), f.tis_cap)
         loss = loss - f.entropy_coef * entropy
-        if f.kl_coef and f.kl_in.startswith("loss"):
-            loss = loss + self.kl_coef * kl_by_hand(f.kl_in[-2:], logprob, self.ref[b][t])
+        if f.kl_coef and f.kl_in == "loss":
+            loss = loss + self.kl_coef * kl_by_hand(f.kl_estimator, logprob, self.ref[b][t])
         return loss
 
     def step(self, step: int, start: str) -> dict[str, float]:
@@ -117,7 +118,7 @@ class ByHand:
         self.answers = engine.sample(prompts, n, f.max_new_tokens, f.temperature, rollout.stream(0, step, 0))
         self.asked, rows = [p for p in prompts for _ in range(n)], [row for row in rows for _ in range(n)]
         texts = [self.tokenizer.decode(s.ids, skip_special_tokens=True) for s in self.answers]
-        self.rewards = [toy.toy(x, row)["reward"] * s.finished for x, row, s in zip(texts, rows, self.answers)]
+        self.rewards = [toy.toy(x, row, f)["reward"] * s.finished for x, row, s in zip(texts, rows, self.answers)]
         with torch.no_grad():
             everyone = range(len(self.answers))
             self.old, self.ref = ([self.logprobs(m, b)[0] for b in everyone] for m in (self.policy, self.reference))
@@ -164,7 +165,7 @@ class ByHand:
                     move("critic", self.critic)
         row = {name: sums[name] / counts[name] for name in sums} | {"reward/mean": statistics.mean(self.rewards)}
         if f.kl_coef:
-            gaps = [kl_by_hand(f.kl_in[-2:], x, y).item() for b in everyone for x, y in zip(self.old[b], self.ref[b])]
+            gaps = [kl_by_hand(f.kl_estimator, x, y).item() for b in everyone for x, y in zip(self.old[b], self.ref[b])]
             row |= {"policy/ref_kl": statistics.mean(gaps), "policy/kl_coef": self.kl_coef}
             if f.kl_target:
                 error = min(max(row["policy/ref_kl"] / f.kl_target - 1, -0.2), 0.2)

@@ -246,9 +246,12 @@ BUGS = [
 
 
 def copy(folder: Path) -> None:
-    for path in ROOT.glob("*.py"):
+    """The code of this checkout, without its history and what runs have left."""
+    for path in (*ROOT.glob("*.py"), ROOT / "ruff.toml"):
         shutil.copy(path, folder)
-    shutil.copytree(ROOT / "tests", folder / "tests", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("infra", "verify", "tools", "tests"):
+        ignored = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(ROOT / name, folder / name, ignore=ignored)
 
 
 def plant(bug: Bug, folder: Path) -> None:

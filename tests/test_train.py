@@ -87,7 +87,9 @@ def by_hand(model_path: Path, gamma: float, lam: float, temperature: float, entr
     torch.nn.init.zeros_(critic.score.bias)
     advantages, logps, entropies, values = [], [], [], []
     for row, prompt, (response, _, finished) in zip(rows, prompts, samples):
-        reward = toy.toy(tokenizer.decode(response, skip_special_tokens=True), row)["reward"] if finished else 0.0
+        reward = 0.0
+        if finished:
+            reward = toy.toy(tokenizer.decode(response, skip_special_tokens=True), row, None)["reward"]
         n = len(response)
         advantages.append([reward * (gamma * lam) ** (n - 1 - t) for t in range(n)])  # GAE with all values 0
         for t in range(n):
@@ -136,14 +138,14 @@ def test_math_and_code_together(tmp_path):
         assert max(row[f"reward/{status}_frac"] for row in rows) > 0, status
     assert all(row["reward/infra_frac"] == 0 for row in rows)
     statuses = {json.loads(line)["status"] for line in open(tmp_path / "run" / "samples.jsonl")}
-    assert "ok" in statuses and (tmp_path / "run" / "sandbox.py").exists()
+    assert "ok" in statuses and (tmp_path / "run" / "verify" / "sandbox.py").exists()
 
 
 def test_ranks_and_budgets_do_not_matter(tmp_path, toy_model):
     """Guards the one denominator, FSDP's averaging and the packing: 1 process, 2 ranks (with checkpointing), half and
     double budget, sequence-parallel ranks; three steps with everything switched on."""
     flags = ["--model", toy_model, "--steps", 3, "--prompts_per_step", 32, "--minibatch_size", 16, "--kl_coef", 0.05,
-             "--kl_in", "loss-k3", "--value_clip", 0.2, "--lam", 0.9, "--seed", 3,
+             "--kl_in", "loss", "--kl_estimator", "k3", "--value_clip", 0.2, "--lam", 0.9, "--seed", 3,
              "--eval_every", 3, "--eval_rows", 7, "--eval_samples", 2]  # fmt: skip
     ways = {
         "one": (TOY, ["--max_tokens_per_microbatch", 64]),
@@ -174,7 +176,8 @@ def test_a_gradient_that_is_not_finite_stops_the_run(tmp_path, toy_model):
     run = start([tmp_path / TOY[0]], tmp_path / "run", "--model", toy_model, "--steps", 2)
     said, _ = run.communicate(timeout=100)
     assert run.returncode != 0 and "FloatingPointError: step 1: rank 0, advantages: " in said
-    assert torch.load(tmp_path / "run" / "bad_step_1" / "batch.pt", weights_only=True)["samples"]
+    kept = torch.load(tmp_path / "run" / "bad_step_1" / "batch.pt", weights_only=True)
+    assert kept["update"] is None and len(kept["batch"]["samples"]) == 128
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
