@@ -20,9 +20,11 @@ import torch
 from safetensors.torch import load_file
 from test_train import ROOT, TWO, metrics, numbers, start
 
+import ppo
 from infra import run
 from infra.checkpoint import Saver, checkpoints, damage, read_state
-from infra.dist import Ranks
+from infra.dist import Ranks, start_ranks
+from tools import replay
 
 STEPS = ["--steps", 3, "--save_every", 1, "--prompts_per_step", 16, "--minibatch_size", 8, "--lr", 1e-3]
 ONE_UPDATE = ["--ppo_epochs", 1, "--minibatch_size", 16]
@@ -286,6 +288,20 @@ def test_replay_writes_nothing(ended, tmp_path):
     assert [said[name][1] for name in bad] == [1, 0], said
     for name, folder in bad.items():
         assert contents(folder.parent) == before[name]
+
+
+@pytest.mark.parametrize("name", ["critic-gradient", "two-policy-gradient"])
+def test_replay_begins_with_the_moments(ended, name):
+    """Guards the step of the replayed update: it begins with AdamW's moments of the run, whoever wrote them."""
+    bad, model = ended[name].out / "bad_step_2", name.split("-")[-2]
+    record = torch.load(bad / "batch.pt", weights_only=True)
+    accelerator, _ = start_ranks(bf16=False, sp=1)
+    trained = replay.load(model, bad, ppo.Args(**record["args"]), accelerator)
+    names = {p: key for key, p in trained.model.named_parameters()}
+    found = {f"{names[p]}.{k}": x for p, state in trained.optimizer.state.items() for k, x in state.items()}
+    saved = weights(bad)
+    moments = {k: x for k, x in saved.items() if k.startswith(f"{model}.optimizer ")}
+    assert equal({f"{model}.optimizer {k}": x for k, x in found.items()}, moments) and moments
 
 
 @pytest.mark.parametrize("name", ["critic-gradient", "two-policy-gradient"])
