@@ -1,13 +1,16 @@
-"""python tests/crash.py [WORDS] [--world 1 2] [--turn N]: kill -9 wherever it could hurt, then --resume auto.
+"""python tests/crash.py [WORDS] [--world 1 2] [--turn N]: kill -9 wherever it could hurt, then
+--resume auto.
 
-A run of tests/toy.py is killed at a point, goes on, is killed at a later one, and so on; at last it is left alone. It
-is right when
+A run of tests/toy.py is killed at a point, goes on, is killed at a later one, and so on; at last it
+is left alone. It is right when
 - metrics.jsonl, samples.jsonl and the last checkpoint are, bit for bit, those of a run that was left alone;
 - each start went on from the newest checkpoint that was whole, and lost at most the one that was being written;
 - `latest` and `best` were never dead links, nothing half-written was left at the end, and no process.
-Exit code 1 when one is not. With two ranks, rank 0, rank 1 or all (torchrun, too) are killed; who it is at a point, N
-says. WORDS: only the points with one of them. All points take about half an hour on 2 cores.
+Exit code 1 when one is not. With two ranks, rank 0, rank 1 or all (torchrun, too) are killed; who
+it is at a point, N says. WORDS: only the points with one of them. All points take about half an
+hour on 2 cores.
 """
+
 import argparse
 import hashlib
 import json
@@ -38,14 +41,17 @@ SAVED, DIES = 3, 5  # the step whose checkpoint is hit, and the one in whose pha
 
 
 def die() -> None:
-    """kill -9 of this process, or of all and torchrun, if this rank is meant. Never returns then."""
+    """kill -9 of this process, or of all and torchrun, if this rank is meant. Never returns
+    then."""
     from infra import checkpoint, watch
 
     if WHO not in ("all", str(watch.RANK)):
         return
     whole = [path.name for path in checkpoint.checkpoints(OUT)]
     note = {"whole": whole, "begun": BEGUN, "at": time.time()}
-    aside = Path(f"{OUT}.killed.{watch.RANK}")  # when all die, two may write it, and kill each other meanwhile
+    aside = Path(
+        f"{OUT}.killed.{watch.RANK}"
+    )  # when all die, two may write it, and kill each other meanwhile
     aside.write_text(json.dumps(note))
     aside.replace(f"{OUT}.killed")
     others = []
@@ -69,9 +75,16 @@ def always(*args, **more) -> bool:
     return True
 
 
-def kill(owner: str, name: str, chosen: Callable = always, nth: int = 1, after: bool = False, first: Callable = None):
-    """The nth chosen call of owner.name is where this process dies: before it, `after` it, or when `first` has done
-    half of its work."""
+def kill(
+    owner: str,
+    name: str,
+    chosen: Callable = always,
+    nth: int = 1,
+    after: bool = False,
+    first: Callable = None,
+):
+    """The nth chosen call of owner.name is where this process dies: before it, `after` it, or when
+    `first` has done half of its work."""
     owner, calls = sys.modules[owner] if isinstance(owner, str) else owner, []
     original = getattr(owner, name)
 
@@ -117,7 +130,8 @@ def kill_phase(phase: str, end: bool, nth: int = 1, step: int = DIES):
 
 
 def tear(pattern: str, step: int | None = None):
-    """Half of what is written to such a file, or to the one that will get its name, is there when the process dies."""
+    """Half of what is written to such a file, or to the one that will get its name, is there when
+    the process dies."""
     from infra import log, watch
 
     pattern = pattern.replace("SAVED", f"step_{SAVED}")
@@ -152,7 +166,9 @@ def tear(pattern: str, step: int | None = None):
 def named(*names: str) -> Callable:
     """Chosen is a call whose first or last path has this name, or ends like it (*.old)."""
     names = [name.replace("SAVED", f"step_{SAVED}") for name in names]
-    return lambda *args, **_: any(Path(x).match(name) for x in args[:2] if isinstance(x, (str, Path)) for name in names)
+    return lambda *args, **_: any(
+        Path(x).match(name) for x in args[:2] if isinstance(x, (str, Path)) for name in names
+    )
 
 
 def of_saved(path, *_, **__) -> bool:
@@ -186,10 +202,14 @@ def into_saved(tensors, file, *_) -> bool:
 
 
 def link_to_saved(name: str) -> Callable:
-    """Chosen is a call that lets this link, or what will be renamed to it, point to the checkpoint of step SAVED."""
+    """Chosen is a call that lets this link, or what will be renamed to it, point to the checkpoint
+    of step SAVED."""
+
     def chosen(path, target, **_):
         path, target = Path(path), str(target)
-        made = target if path.name == name else os.readlink(path) if path.name == f"{name}.new" else ""
+        made = (
+            target if path.name == name else os.readlink(path) if path.name == f"{name}.new" else ""
+        )
         return made == f"step_{SAVED}"
 
     return chosen
@@ -212,8 +232,14 @@ STAGES = [
         "setup: models are loaded": (BOTH, lambda: kill_method("open")),
         "folder: made, empty": (MAIN, lambda: kill("infra.run", "write", named("config.json"))),
         "config.json: half": (MAIN, lambda: tear("config.json")),
-        "config.json: before its rename": (MAIN, lambda: kill("os", "replace", named("config.json"))),
-        "config.json: after, nothing else": (MAIN, lambda: kill("infra.run", "write", named("config.json"), after=True)),
+        "config.json: before its rename": (
+            MAIN,
+            lambda: kill("os", "replace", named("config.json")),
+        ),
+        "config.json: after, nothing else": (
+            MAIN,
+            lambda: kill("infra.run", "write", named("config.json"), after=True),
+        ),
         "sources: half a copy": (MAIN, lambda: kill("shutil", "copy", nth=3, first=half_copy)),
         "first sync": (BOTH, lambda: kill("infra.models", "full_weights")),
         "evaluation of step 0": (BOTH, lambda: kill("rewards", "evaluation", in_step(0))),
@@ -221,54 +247,122 @@ STAGES = [
     {
         "first save: half a file": (BOTH, partial(half_file, 2)),
         "first save: before the rename": (MAIN, lambda: kill("os", "rename", named("step_2"))),
-        "first save: before latest": (MAIN, lambda: kill("infra.checkpoint", "point", named("latest"))),
+        "first save: before latest": (
+            MAIN,
+            lambda: kill("infra.checkpoint", "point", named("latest")),
+        ),
         "evaluation of step 3": (BOTH, lambda: kill("rewards", "evaluation", in_step(3))),
     },
     {  # step_2 is there, SAVED is not whole yet
-        "save: folder made": (BOTH, lambda: kill("infra.checkpoint", "checkpoint_parts", in_step(SAVED))),
-        "save: policy's tensors gathered": (BOTH, lambda: kill("infra.checkpoint", "full_weights", in_step(SAVED, "save"), 2)),
-        "save: before the first file": (BOTH, lambda: kill("safetensors.torch", "save_file", into(SAVED))),
+        "save: folder made": (
+            BOTH,
+            lambda: kill("infra.checkpoint", "checkpoint_parts", in_step(SAVED)),
+        ),
+        "save: policy's tensors gathered": (
+            BOTH,
+            lambda: kill("infra.checkpoint", "full_weights", in_step(SAVED, "save"), 2),
+        ),
+        "save: before the first file": (
+            BOTH,
+            lambda: kill("safetensors.torch", "save_file", into(SAVED)),
+        ),
         "save: half a file": (BOTH, partial(half_file, SAVED)),
-        "save: between files": (BOTH, lambda: kill("safetensors.torch", "save_file", into(SAVED), 2, True)),
+        "save: between files": (
+            BOTH,
+            lambda: kill("safetensors.torch", "save_file", into(SAVED), 2, True),
+        ),
         "save: before the first fsync": (BOTH, lambda: kill("infra.checkpoint", "sync", of_saved)),
-        "save: before the manifest": (BOTH, lambda: kill("infra.checkpoint", "write", named("SAVED.tmp/rank*.json"))),
+        "save: before the manifest": (
+            BOTH,
+            lambda: kill("infra.checkpoint", "write", named("SAVED.tmp/rank*.json")),
+        ),
         "save: half the manifest": (BOTH, lambda: tear("SAVED.tmp/rank*.json")),
-        "save: manifests deleted": (MAIN, lambda: kill("os", "unlink", named("SAVED.tmp/rank*.json"), after=True)),
-        "save: before state.json": (MAIN, lambda: kill("infra.checkpoint", "write", named("SAVED.tmp/state.json"))),
+        "save: manifests deleted": (
+            MAIN,
+            lambda: kill("os", "unlink", named("SAVED.tmp/rank*.json"), after=True),
+        ),
+        "save: before state.json": (
+            MAIN,
+            lambda: kill("infra.checkpoint", "write", named("SAVED.tmp/state.json")),
+        ),
         "save: half of state.json": (MAIN, lambda: tear("SAVED.tmp/state.json")),
         "save: before the rename": (MAIN, lambda: kill("os", "rename", named("SAVED"))),
     },
     {  # SAVED is whole, or rank 0 can still make it so when rank 1 dies
-        "save: after the manifest": (BOTH, lambda: kill("infra.checkpoint", "write", named("SAVED.tmp/rank*.json"), after=True)),
+        "save: after the manifest": (
+            BOTH,
+            lambda: kill("infra.checkpoint", "write", named("SAVED.tmp/rank*.json"), after=True),
+        ),
         "save: after the rename": (MAIN, lambda: kill("os", "rename", named("SAVED"), after=True)),
-        "save: before latest": (MAIN, lambda: kill("infra.checkpoint", "point", link_to_saved("latest"))),
+        "save: before latest": (
+            MAIN,
+            lambda: kill("infra.checkpoint", "point", link_to_saved("latest")),
+        ),
         "save: latest.new is made": (MAIN, lambda: kill("os", "replace", link_to_saved("latest"))),
-        "save: between latest and best": (MAIN, lambda: kill("infra.checkpoint", "point", link_to_saved("latest"), after=True)),
+        "save: between latest and best": (
+            MAIN,
+            lambda: kill("infra.checkpoint", "point", link_to_saved("latest"), after=True),
+        ),
         "save: best.new is made": (MAIN, lambda: kill("os", "replace", link_to_saved("best"))),
-        "save: between best and the deletion": (MAIN, lambda: kill("os", "rename", named("step_2.old"))),
-        "save: old one renamed": (MAIN, lambda: kill("os", "rename", named("step_2.old"), after=True)),
-        "save: old one half deleted": (MAIN, lambda: kill("shutil", "rmtree", named("step_2.old"), first=half_deleted)),
+        "save: between best and the deletion": (
+            MAIN,
+            lambda: kill("os", "rename", named("step_2.old")),
+        ),
+        "save: old one renamed": (
+            MAIN,
+            lambda: kill("os", "rename", named("step_2.old"), after=True),
+        ),
+        "save: old one half deleted": (
+            MAIN,
+            lambda: kill("shutil", "rmtree", named("step_2.old"), first=half_deleted),
+        ),
     },
     {  # of a start that goes on from a checkpoint
-        "resume: the checkpoint is read": (BOTH, lambda: kill("infra.checkpoint", "damage", after=True)),
-        "resume: moments are loaded": (BOTH, lambda: kill("infra.checkpoint", "load_moments", after=True)),
+        "resume: the checkpoint is read": (
+            BOTH,
+            lambda: kill("infra.checkpoint", "damage", after=True),
+        ),
+        "resume: moments are loaded": (
+            BOTH,
+            lambda: kill("infra.checkpoint", "load_moments", after=True),
+        ),
         "resume: config.json half": (MAIN, lambda: tear("config.json")),
         "resume: metrics.jsonl half cut": (MAIN, lambda: tear("metrics.jsonl")),
-        "resume: metrics.jsonl cut": (MAIN, lambda: kill("infra.run", "write", named("metrics.jsonl"), after=True)),
-        "resume: before samples.jsonl's rename": (MAIN, lambda: kill("os", "replace", named("samples.jsonl"))),
+        "resume: metrics.jsonl cut": (
+            MAIN,
+            lambda: kill("infra.run", "write", named("metrics.jsonl"), after=True),
+        ),
+        "resume: before samples.jsonl's rename": (
+            MAIN,
+            lambda: kill("os", "replace", named("samples.jsonl")),
+        ),
         "resume: folder opened": (BOTH, lambda: kill_method("open", after=True)),
         "resume: first sync": (BOTH, lambda: kill("infra.models", "full_weights", after=True)),
         "resume: half a file of its save": (BOTH, partial(half_file, 4)),
     },
     {
-        "metrics.jsonl: after, before its save": (BOTH, lambda: kill_method("warn_if_diverging", in_step(4))),
+        "metrics.jsonl: after, before its save": (
+            BOTH,
+            lambda: kill_method("warn_if_diverging", in_step(4)),
+        ),
         **{f"{p}: begin": (BOTH, partial(kill_phase, p, False)) for p in PHASES},
-        **{f"{p}: end": (BOTH, partial(kill_phase, p, True, 2 if p == "reward" else 1)) for p in PHASES},
+        **{
+            f"{p}: end": (BOTH, partial(kill_phase, p, True, 2 if p == "reward" else 1))
+            for p in PHASES
+        },
         "reward: waits for the results": (BOTH, partial(kill_phase, "reward", False, 2)),
-        "update: before the policy's step": (BOTH, lambda: kill("infra.models", "optimizer_step", in_step(DIES))),
+        "update: before the policy's step": (
+            BOTH,
+            lambda: kill("infra.models", "optimizer_step", in_step(DIES)),
+        ),
         "update: policy's, then critic's step": (
-            BOTH, lambda: kill("infra.models", "optimizer_step", in_step(DIES), 1, True)),
-        "update: between minibatches": (BOTH, lambda: kill("infra.models", "optimizer_step", in_step(DIES), 2, True)),
+            BOTH,
+            lambda: kill("infra.models", "optimizer_step", in_step(DIES), 1, True),
+        ),
+        "update: between minibatches": (
+            BOTH,
+            lambda: kill("infra.models", "optimizer_step", in_step(DIES), 2, True),
+        ),
         "samples.jsonl: half a line": (MAIN, lambda: tear("samples.jsonl", DIES)),
         "metrics.jsonl: half a line": (MAIN, lambda: tear("metrics.jsonl", DIES)),
     },
@@ -276,17 +370,23 @@ STAGES = [
         "evaluation of the last step": (BOTH, lambda: kill("rewards", "evaluation", in_step(6))),
         "last save: half a file": (BOTH, partial(half_file, 6)),
         "last save: before the rename": (MAIN, lambda: kill("os", "rename", named("step_6"))),
-        "last save: after the rename": (MAIN, lambda: kill("os", "rename", named("step_6"), after=True)),
+        "last save: after the rename": (
+            MAIN,
+            lambda: kill("os", "rename", named("step_6"), after=True),
+        ),
     },
-]  # fmt: skip
+]
 POINTS = {name: point for stage in STAGES for name, point in stage.items()}
 
 
 def chains(words: list[str] = ()) -> list[list[str]]:
-    """Points that one run can be killed at, one start after the other, each of them in one chain."""
+    """Points that one run can be killed at, one start after the other, each of them in one
+    chain."""
     found = [[] for _ in STAGES[3]]  # of stage 3 a run has room for one
     for number, stage in enumerate(STAGES):
-        for i, name in enumerate(name for name in stage if not words or any(word in name for word in words)):
+        for i, name in enumerate(
+            name for name in stage if not words or any(word in name for word in words)
+        ):
             found[(i + 3 * number) % len(found)].append(name)
     for chain in found:  # with fewer WORDS, nothing may have been saved before a point of a resume
         resumes = [name for name in chain if name in STAGES[4]]
@@ -298,15 +398,24 @@ def chains(words: list[str] = ()) -> list[list[str]]:
 # ------------------------------------------------------------------------------------------------------ what looks on
 
 
-def launch(world: int, out: Path, flags: list, at: str = "", who: str = "", limit: float = 200) -> dict:
-    """One start of the run, until it has ended: how, what it said, seconds from the kill to the end, processes left."""
+def launch(
+    world: int, out: Path, flags: list, at: str = "", who: str = "", limit: float = 200
+) -> dict:
+    """One start of the run, until it has ended: how, what it said, seconds from the kill to the
+    end, processes left."""
     mark, note = uuid.uuid4().hex, Path(f"{out}.killed")
     note.unlink(missing_ok=True)
     script = ["tests/crash.py", "--at", at, "--who", who] if at else ["tests/toy.py"]
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(world)] if world > 1 else []
+    torchrun = (
+        ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(world)]
+        if world > 1
+        else []
+    )
     command = [sys.executable, *torchrun, *script, str(out), *map(str, flags)]
     with open(f"{out}.said", "w+") as said:  # no pipe: a process that is left would keep it open
-        process = subprocess.Popen(command, cwd=ROOT, env=os.environ | {"CRASH_RUN": mark}, stdout=said, stderr=said)
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=os.environ | {"CRASH_RUN": mark}, stdout=said, stderr=said
+        )
         try:
             code = process.wait(limit)
         except subprocess.TimeoutExpired:
@@ -320,7 +429,13 @@ def launch(world: int, out: Path, flags: list, at: str = "", who: str = "", limi
         said.seek(0)
         text = said.read()
     killed = json.loads(note.read_text()) if note.exists() else {}
-    return {"code": code, "said": text, "left": left, "killed": killed, "took": ended - killed.get("at", ended)}
+    return {
+        "code": code,
+        "said": text,
+        "left": left,
+        "killed": killed,
+        "took": ended - killed.get("at", ended),
+    }
 
 
 def marked(mark: str) -> list[int]:
@@ -328,21 +443,30 @@ def marked(mark: str) -> list[int]:
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         try:
-            found += [int(folder.name)] if mark.encode() in (folder / "environ").read_bytes() else []
+            found += (
+                [int(folder.name)] if mark.encode() in (folder / "environ").read_bytes() else []
+            )
         except OSError:
             pass
     return found
 
 
 def timeless(row: dict) -> dict:
-    return {k: v for k, v in row.items() if not k.startswith(("time/", "perf/")) and "tokens_per_s" not in k}
+    return {
+        k: v
+        for k, v in row.items()
+        if not k.startswith(("time/", "perf/")) and "tokens_per_s" not in k
+    }
 
 
 def read(out: Path) -> dict:
     """What must not depend on kills."""
     last = out / "checkpoints" / "step_6"
     state = json.loads((last / "state.json").read_text())
-    rows = {name: [json.loads(x) for x in open(out / name)] for name in ("metrics.jsonl", "samples.jsonl")}
+    rows = {
+        name: [json.loads(x) for x in open(out / name)]
+        for name in ("metrics.jsonl", "samples.jsonl")
+    }
     return {
         "metrics.jsonl": [timeless(row) for row in rows["metrics.jsonl"]],
         "samples.jsonl": rows["samples.jsonl"],
@@ -356,13 +480,16 @@ def read(out: Path) -> dict:
 
 
 def tensors(checkpoint: Path) -> dict[str, str]:
-    """Digest of each tensor, in whichever file of its folder it is: that depends on the order they are written in."""
+    """Digest of each tensor, in whichever file of its folder it is: that depends on the order they
+    are written in."""
     found = {}
     for file in checkpoint.rglob("*.safetensors"):
         what = re.split(r"[-.]\d|\.safetensors", str(file.relative_to(checkpoint)))[0]
         with safe_open(file, "np") as opened:
             for key in opened.keys():
-                found[f"{what}: {key}"] = hashlib.sha256(opened.get_tensor(key).tobytes()).hexdigest()[:12]
+                found[f"{what}: {key}"] = hashlib.sha256(
+                    opened.get_tensor(key).tobytes()
+                ).hexdigest()[:12]
     return found
 
 
@@ -371,16 +498,26 @@ def differences(found, expected, where: str = "") -> list[str]:
         both = [(k, found.get(k), expected.get(k)) for k in sorted({*found, *expected})]
         return [text for k, *pair in both for text in differences(*pair, f"{where}/{k}")]
     if isinstance(found, list) and isinstance(expected, list) and len(found) == len(expected):
-        return [d for i, pair in enumerate(zip(found, expected)) for d in differences(*pair, f"{where}[{i}]")]
-    return [] if found == expected else [f"{where[1:]} is {str(found)[:80]}, not {str(expected)[:80]}"]
+        return [
+            d
+            for i, pair in enumerate(zip(found, expected))
+            for d in differences(*pair, f"{where}[{i}]")
+        ]
+    return (
+        [] if found == expected else [f"{where[1:]} is {str(found)[:80]}, not {str(expected)[:80]}"]
+    )
 
 
-def crash(world: int, out: Path, flags: list, chain: list[tuple[str, str]], expected: dict) -> list[dict]:
-    """Lines of the table: a run is killed at each (point, who dies) of the chain, one start after the other, then left
-    alone. `wrong` of the last line is what was found at the end."""
+def crash(
+    world: int, out: Path, flags: list, chain: list[tuple[str, str]], expected: dict
+) -> list[dict]:
+    """Lines of the table: a run is killed at each (point, who dies) of the chain, one start after
+    the other, then left alone. `wrong` of the last line is what was found at the end."""
     lines, begun = [], [0]
     for point, who in [*chain, ("", "")]:
-        before = [int(path.name[5:]) for path in out.glob("checkpoints/step_*") if path.name[5:].isdigit()]
+        before = [
+            int(path.name[5:]) for path in out.glob("checkpoints/step_*") if path.name[5:].isdigit()
+        ]
         start = launch(world, out, flags, point, who)
         wrong, said, killed = [], start["said"], start["killed"]
         if max(begun) > max(before, default=0):
@@ -401,12 +538,22 @@ def crash(world: int, out: Path, flags: list, chain: list[tuple[str, str]], expe
         if point and not killed:
             wrong.append("was not killed there")
         if killed:
-            begun += [int(name[5:]) for name in killed["begun"][:-1]]  # the last one may have been on its way
+            begun += [
+                int(name[5:]) for name in killed["begun"][:-1]
+            ]  # the last one may have been on its way
         if wrong:
             wrong.append(f"it said: {said.strip()[-1500:]}")
         if not point and not wrong:
             wrong = differences(read(out), expected)[:5]
-        lines.append({"point": point or "(the end)", "who": who, "from": None, "took": start["took"], "wrong": wrong})
+        lines.append(
+            {
+                "point": point or "(the end)",
+                "who": who,
+                "from": None,
+                "took": start["took"],
+                "wrong": wrong,
+            }
+        )
     return lines
 
 
@@ -423,7 +570,13 @@ def main(words: list[str], turn: int, worlds: list[int]) -> int:
 
     folder = Path(tempfile.mkdtemp(prefix="ppo-crash-"))
     toy.make_model(str(folder / "model"))
-    flags, failed, runs, points, began = ["--model", folder / "model", *FLAGS], 0, 0, set(), time.time()
+    flags, failed, runs, points, began = (
+        ["--model", folder / "model", *FLAGS],
+        0,
+        0,
+        set(),
+        time.time(),
+    )
     print("chain | point | ranks | killed | went on from step | s to the end | equal", flush=True)
     print("--- | --- | --- | --- | --- | --- | ---", flush=True)
     for world in worlds:  # processes at a time: two
@@ -435,11 +588,20 @@ def main(words: list[str], turn: int, worlds: list[int]) -> int:
             turns = [(order.index(name) + turn) % len(who) for name, who in zip(chain, whos)]
             todo.append([(name, who[t]) for name, who, t in zip(chain, whos, turns)])
         with ThreadPoolExecutor(3 - world) as pool:
-            made = [pool.submit(crash, world, folder / f"{world}.{i}", flags, c, expected) for i, c in enumerate(todo)]
+            made = [
+                pool.submit(crash, world, folder / f"{world}.{i}", flags, c, expected)
+                for i, c in enumerate(todo)
+            ]
             for i, lines in enumerate(future.result() for future in made):
                 equal = not any(line["wrong"] for line in lines)
                 for line in lines:
-                    told = f"NO: {'; '.join(line['wrong'])}" if line["wrong"] else "yes" if equal else "(see its chain)"
+                    told = (
+                        f"NO: {'; '.join(line['wrong'])}"
+                        if line["wrong"]
+                        else "yes"
+                        if equal
+                        else "(see its chain)"
+                    )
                     went = "" if line["from"] is None else line["from"]
                     seconds = f"{line['took']:.0f}" if line["who"] else ""
                     text = f"{world}.{i} | {line['point']} | {world} | {line['who']} | {went} | {seconds} | {told}"
@@ -449,7 +611,9 @@ def main(words: list[str], turn: int, worlds: list[int]) -> int:
                 if equal:
                     shutil.rmtree(folder / f"{world}.{i}")
     minutes = (time.time() - began) / 60
-    print(f"\n{len(points - {'(the end)'})} points, {runs} runs, {failed} of them wrong, {minutes:.0f} minutes")
+    print(
+        f"\n{len(points - {'(the end)'})} points, {runs} runs, {failed} of them wrong, {minutes:.0f} minutes"
+    )
     if not failed:
         shutil.rmtree(folder)
     return int(bool(failed))
@@ -475,7 +639,10 @@ if __name__ == "__main__":
 
     OUT, WHO, BEGUN = given.rest[0], given.who, []
     saving = Saver.save
-    Saver.save = lambda self, final, *parts: (BEGUN.append(final.name), saving(self, final, *parts))[1]
+    Saver.save = lambda self, final, *parts: (
+        BEGUN.append(final.name),
+        saving(self, final, *parts),
+    )[1]
     POINTS[given.at][1]()
     flags = sys.argv[sys.argv.index(OUT) + 1 :]
     toy.run(OUT, *flags)

@@ -1,12 +1,15 @@
-"""python tests/faults.py FAULT OUT [flags of ppo.py]: the toy run of tests/toy.py (with --task: another), with a fault.
-python tests/faults.py FAULT --replay FILE: the same for `tools/replay.py FILE`.
-python tests/faults.py jobs RANKS DIR JOB --then JOB ...: one after the other, each a process of its own (with 2 RANKS: of
-torchrun), but forked when all is imported: seconds each. What job 0 says goes to DIR/0.log, with its exit code.
+"""python tests/faults.py FAULT OUT [flags of ppo.py]: the toy run of tests/toy.py (with --task:
+another), with a fault. python tests/faults.py FAULT --replay FILE: the same for `tools/replay.py
+FILE`. python tests/faults.py jobs RANKS DIR JOB --then JOB ...: one after the other, each a process
+of its own (with 2 RANKS: of torchrun), but forked when all is imported: seconds each. What job 0
+says goes to DIR/0.log, with its exit code.
 
-FAULT is NAME:STEP:RANK[:CALL], or `none`: at the first (or CALL-th; with a plus: and every later) call of a function in
-one phase of that step, on that rank (or every one: *), NaN is written, the process sleeps, gets a signal, or an error
-is raised. What an optimizer step has seen is printed as `update STEP MODEL NORM`, the norm to the last bit.
+FAULT is NAME:STEP:RANK[:CALL], or `none`: at the first (or CALL-th; with a plus: and every later)
+call of a function in one phase of that step, on that rank (or every one: *), NaN is written, the
+process sleeps, gets a signal, or an error is raised. What an optimizer step has seen is printed as
+`update STEP MODEL NORM`, the norm to the last bit.
 """
+
 import os
 import re
 import signal
@@ -166,7 +169,9 @@ def planted(fault: str):
         return norm
 
     wrap(models, "optimizer_step", reported)
-    name, step, rank, call = (fault.split(":") + ["1"])[:4] if fault != "none" else ("", "0", "0", "1")
+    name, step, rank, call = (
+        (fault.split(":") + ["1"])[:4] if fault != "none" else ("", "0", "0", "1")
+    )
     if name:
         owners, function, phase, first, then, mine = FAULTS[name]
         calls = [0]
@@ -176,7 +181,10 @@ def planted(fault: str):
             now = now and rank in ("*", str(watch.RANK))
             now = now and mine(*args)
             calls[0] += now
-            now = now and (calls[0] == int(call.rstrip("+")) or (call.endswith("+") and calls[0] >= int(call[:-1])))
+            now = now and (
+                calls[0] == int(call.rstrip("+"))
+                or (call.endswith("+") and calls[0] >= int(call[:-1]))
+            )
             if now and first:
                 first(*args)
             result = function(*args, **more)
@@ -224,8 +232,18 @@ def main(ranks: int, logs: str, *words: str) -> None:
             os.dup2(log, 2)
             if ranks == 1:
                 return work(*job)
-            shape = {"min_nodes": 1, "max_nodes": 1, "nproc_per_node": ranks, "max_restarts": 0, "start_method": "fork"}
-            meeting = {"rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0", "run_id": str(number)}
+            shape = {
+                "min_nodes": 1,
+                "max_nodes": 1,
+                "nproc_per_node": ranks,
+                "max_restarts": 0,
+                "start_method": "fork",
+            }
+            meeting = {
+                "rdzv_backend": "c10d",
+                "rdzv_endpoint": "localhost:0",
+                "run_id": str(number),
+            }
             elastic_launch(LaunchConfig(**shape, **meeting), work)(*job)  # torchrun, as a function
             return
         code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])

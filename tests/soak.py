@@ -1,8 +1,11 @@
-"""python tests/soak.py [SAMPLES]: a long run of the verifiers, with 5 % attacks and processes killed at random.
+"""python tests/soak.py [SAMPLES]: a long run of the verifiers, with 5 % attacks and processes
+killed at random.
 
-Prints what must stay flat (memory, descriptors, processes, zombies) every 2,000 samples and exits with 1 when a result
-changed, a process stayed or something grew. 20,000 samples take about 5 minutes on 2 cores.
+Prints what must stay flat (memory, descriptors, processes, zombies) every 2,000 samples and exits
+with 1 when a result changed, a process stayed or something grew. 20,000 samples take about 5
+minutes on 2 cores.
 """
+
 import gc
 import os
 import random
@@ -23,7 +26,9 @@ BATCH = 500
 
 def state() -> dict[str, int]:
     gc.collect()
-    kilobytes = int(next(line for line in open("/proc/self/status") if line.startswith("VmRSS")).split()[1])
+    kilobytes = int(
+        next(line for line in open("/proc/self/status") if line.startswith("VmRSS")).split()[1]
+    )
     below, zombies, sandboxes = attacks.descendants(os.getpid()), 0, 0
     for pid in below:
         try:
@@ -32,8 +37,14 @@ def state() -> dict[str, int]:
             sandboxes += int(line.split()[1])
         except (OSError, StopIteration):
             pass
-    return {"trainer_mb": kilobytes // 1024, "sandboxes_mb": sandboxes // 1024, "processes": len(below),
-            "descriptors": len(os.listdir("/proc/self/fd")), "threads": threading.active_count(), "zombies": zombies}  # fmt: skip
+    return {
+        "trainer_mb": kilobytes // 1024,
+        "sandboxes_mb": sandboxes // 1024,
+        "processes": len(below),
+        "descriptors": len(os.listdir("/proc/self/fd")),
+        "threads": threading.active_count(),
+        "zombies": zombies,
+    }
 
 
 def batch(number: int, field: attacks.Field) -> tuple[list[str], list[dict], list[float | None]]:
@@ -84,16 +95,31 @@ def main(samples: int) -> int:
                 if result["status"] != "infra" and result["correct"] != expected:
                     wrong.append((text[:300], expected, result))
             if number % max(1, 2000 // BATCH) == 0 or number == samples // BATCH - 1:
-                print((number + 1) * BATCH, state(), f"{len(kills)} kills, {len(wrong)} wrong, {infra} infra", flush=True)
+                print(
+                    (number + 1) * BATCH,
+                    state(),
+                    f"{len(kills)} kills, {len(wrong)} wrong, {infra} infra",
+                    flush=True,
+                )
         stop.set()
-        rewards.score(*answers(40)), rewards.score(*programs(40))  # the last killed ones are replaced
+        (
+            rewards.score(*answers(40)),
+            rewards.score(*programs(40)),
+        )  # the last killed ones are replaced
         leftovers = field.leftovers()
     last = state()
     print("last", last)
     rate = samples / (time.monotonic() - begun)
     print(f"{rate:.0f} samples a second; leftovers: {leftovers}; wrong: {wrong[:3]}")
-    flat = last["trainer_mb"] < first["trainer_mb"] + 20 and last["sandboxes_mb"] < 1.3 * first["sandboxes_mb"] + 50
-    flat = flat and last["descriptors"] <= first["descriptors"] + 4 and last["threads"] <= rewards.THREADS + 10
+    flat = (
+        last["trainer_mb"] < first["trainer_mb"] + 20
+        and last["sandboxes_mb"] < 1.3 * first["sandboxes_mb"] + 50
+    )
+    flat = (
+        flat
+        and last["descriptors"] <= first["descriptors"] + 4
+        and last["threads"] <= rewards.THREADS + 10
+    )
     return int(bool(wrong or leftovers or last["zombies"] or infra > samples / 1000 or not flat))
 
 

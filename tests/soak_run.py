@@ -1,10 +1,13 @@
-"""python tests/soak_run.py FOLDER [STEPS [WORLD ...]] [--engine vllm]: a long run of a tiny task, watched from outside.
+"""python tests/soak_run.py FOLDER [STEPS [WORLD ...]] [--engine vllm]: a long run of a tiny task,
+watched from outside.
 
-Trains the toy of tests/toy.py (with vLLM: Countdown on a tiny model) for STEPS (1,000) steps on 1 process, then on 2
-ranks, with checkpoints every 50 steps and evaluations every 100. Prints what must stay flat on every rank (resident
-memory, open descriptors, threads, processes below it) every 100 steps, and exits with 1 when memory grew by 5 % or more
-after step 100, anything else grew at all, or a process of the run is left when it has ended.
+Trains the toy of tests/toy.py (with vLLM: Countdown on a tiny model) for STEPS (1,000) steps on 1
+process, then on 2 ranks, with checkpoints every 50 steps and evaluations every 100. Prints what
+must stay flat on every rank (resident memory, open descriptors, threads, processes below it) every
+100 steps, and exits with 1 when memory grew by 5 % or more after step 100, anything else grew at
+all, or a process of the run is left when it has ended.
 """
+
 import ctypes
 import json
 import os
@@ -18,12 +21,35 @@ from statistics import mean
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 COUNTS = ("descriptors", "threads", "processes")
-TOY = ["--prompts_per_step", "16", "--minibatch_size", "8", "--ppo_epochs", "1", "--eval_rows", "16",
-       "--max_tokens_per_microbatch", "160"]  # fmt: skip
-COUNTDOWN = ["--task", "countdown3", "--prompts_per_step", "4", "--samples_per_prompt", "2",
-             "--max_prompt_tokens", "64", "--max_new_tokens", "16", "--max_tokens_per_microbatch", "400",
-             "--no-gradient_checkpointing",
-             "--eval_rows", "8"]  # fmt: skip
+TOY = [
+    "--prompts_per_step",
+    "16",
+    "--minibatch_size",
+    "8",
+    "--ppo_epochs",
+    "1",
+    "--eval_rows",
+    "16",
+    "--max_tokens_per_microbatch",
+    "160",
+]
+COUNTDOWN = [
+    "--task",
+    "countdown3",
+    "--prompts_per_step",
+    "4",
+    "--samples_per_prompt",
+    "2",
+    "--max_prompt_tokens",
+    "64",
+    "--max_new_tokens",
+    "16",
+    "--max_tokens_per_microbatch",
+    "400",
+    "--no-gradient_checkpointing",
+    "--eval_rows",
+    "8",
+]
 
 
 def processes() -> dict[int, list[int]]:
@@ -49,13 +75,20 @@ def below(pid: int) -> list[int]:
 
 def state() -> dict[str, float]:
     """Of this process, now. Threads are the system's: those of C libraries count, too."""
-    kilobytes = next(line for line in open("/proc/self/status") if line.startswith("VmRSS:")).split()[1]
-    return {"rss_mb": int(kilobytes) / 1024, "descriptors": len(os.listdir("/proc/self/fd")),
-            "threads": len(os.listdir("/proc/self/task")), "processes": len(below(os.getpid()))}  # fmt: skip
+    kilobytes = next(
+        line for line in open("/proc/self/status") if line.startswith("VmRSS:")
+    ).split()[1]
+    return {
+        "rss_mb": int(kilobytes) / 1024,
+        "descriptors": len(os.listdir("/proc/self/fd")),
+        "threads": len(os.listdir("/proc/self/task")),
+        "processes": len(below(os.getpid())),
+    }
 
 
 def worker(out: str, flags: list[str]) -> None:
-    """One rank: the run, with a look at the process after every step, where train asks for warnings."""
+    """One rank: the run, with a look at the process after every step, where train asks for
+    warnings."""
     import toy
 
     import data
@@ -73,8 +106,12 @@ def worker(out: str, flags: list[str]) -> None:
         record.write(json.dumps(now) + "\n")
         record.flush()
         if row["step"] % 100 == 0:
-            print(f"rank {watch.RANK} of {watch.WORLD}  step {row['step']:5d}  {now['rss_mb']:7.1f} MB  " +
-                  "  ".join(f"{now[name]:3d} {name}" for name in COUNTS), file=sys.stderr, flush=True)  # fmt: skip
+            print(
+                f"rank {watch.RANK} of {watch.WORLD}  step {row['step']:5d}  {now['rss_mb']:7.1f} MB  "
+                + "  ".join(f"{now[name]:3d} {name}" for name in COUNTS),
+                file=sys.stderr,
+                flush=True,
+            )
         ask(self, row, young)
 
     run.Run.warn_if_diverging = look
@@ -82,7 +119,8 @@ def worker(out: str, flags: list[str]) -> None:
 
 
 def grown(rows: list[dict], young: int) -> list[str]:
-    """What grew after step `young`: means and highest counts of the steps just before it against those of the last."""
+    """What grew after step `young`: means and highest counts of the steps just before it against
+    those of the last."""
     size = max(10, young // 5)
     first, last, found = rows[young - size : young], rows[-size:], []
     before, after = (mean(row["rss_mb"] for row in part) for part in (first, last))
@@ -95,21 +133,38 @@ def grown(rows: list[dict], young: int) -> list[str]:
     return found
 
 
-def soak(out: Path, world: int, flags: list[str], young: int, seconds: float) -> tuple[list[list[dict]], list[str]]:
-    """Runs it and looks at what is left. Returns what each rank recorded, a row a step, and what is wrong."""
+def soak(
+    out: Path, world: int, flags: list[str], young: int, seconds: float
+) -> tuple[list[list[dict]], list[str]]:
+    """Runs it and looks at what is left. Returns what each rank recorded, a row a step, and what is
+    wrong."""
     adopt = ctypes.CDLL(None).prctl
-    adopt(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER: whoever loses its parent becomes a child of ours
+    adopt(
+        36, 1, 0, 0, 0
+    )  # PR_SET_CHILD_SUBREAPER: whoever loses its parent becomes a child of ours
     mine = set(below(os.getpid()))
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(world)] if world > 1 else []
+    torchrun = (
+        ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(world)]
+        if world > 1
+        else []
+    )
     command = [sys.executable, *torchrun, __file__, "--worker", str(out), *map(str, flags)]
     with open(f"{out}.said", "w") as said:  # no pipe: a process that is left would keep it open
         run = subprocess.run(command, cwd=ROOT, timeout=seconds, stdout=said)
-    ranks = [[json.loads(line) for line in open(f"{out}.rank{rank}.jsonl")] for rank in range(world)]
-    wrong = [f"rank {rank}: {text}" for rank, rows in enumerate(ranks) for text in grown(rows, young)]
+    ranks = [
+        [json.loads(line) for line in open(f"{out}.rank{rank}.jsonl")] for rank in range(world)
+    ]
+    wrong = [
+        f"rank {rank}: {text}" for rank, rows in enumerate(ranks) for text in grown(rows, young)
+    ]
     if run.returncode:
-        wrong.append(f"the run ended with {run.returncode}: {Path(f'{out}.said').read_text()[-2000:]}")
+        wrong.append(
+            f"the run ended with {run.returncode}: {Path(f'{out}.said').read_text()[-2000:]}"
+        )
     deadline = time.monotonic() + 5  # for those that are about to end
-    while (left := [pid for pid in below(os.getpid()) if pid not in mine]) and time.monotonic() < deadline:
+    while (
+        left := [pid for pid in below(os.getpid()) if pid not in mine]
+    ) and time.monotonic() < deadline:
         time.sleep(0.1)
     for pid in left:
         wrong.append(f"process {pid} is left: {Path(f'/proc/{pid}/cmdline').read_text()!r}")
@@ -124,9 +179,30 @@ def toy_flags(folder: Path, steps: int, model: str | None = None) -> list[str]:
     if not model:
         toy.make_model(model := str(folder / "toy"))
     # those of toy.run, in which the flags of TOY stand last
-    return ["--model", model, "--task", "toy", "--engine", "torch", "--max_prompt_tokens", "4", "--max_new_tokens", "6",
-            "--temperature", "0.7", "--entropy_coef", "0.01", "--lr", "1e-3", "--critic_lr", "3e-3",
-            "--no-gradient_checkpointing", *TOY, "--steps", str(steps)]  # fmt: skip
+    return [
+        "--model",
+        model,
+        "--task",
+        "toy",
+        "--engine",
+        "torch",
+        "--max_prompt_tokens",
+        "4",
+        "--max_new_tokens",
+        "6",
+        "--temperature",
+        "0.7",
+        "--entropy_coef",
+        "0.01",
+        "--lr",
+        "1e-3",
+        "--critic_lr",
+        "3e-3",
+        "--no-gradient_checkpointing",
+        *TOY,
+        "--steps",
+        str(steps),
+    ]
 
 
 def main(folder: Path, steps: int = 1000, *worlds: int, engine: str = "torch") -> int:
@@ -141,12 +217,20 @@ def main(folder: Path, steps: int = 1000, *worlds: int, engine: str = "torch") -
         flags = toy_flags(folder, steps)
     flags += ["--save_every", str(young // 2), "--keep_last", "2", "--eval_every", str(young)]
     for world in worlds or (1, 2):
-        ranks, wrong = soak(folder / f"{engine}{world}", world, flags, young, seconds=2.0 * steps + 300)
+        ranks, wrong = soak(
+            folder / f"{engine}{world}", world, flags, young, seconds=2.0 * steps + 300
+        )
         for rank, rows in enumerate(ranks):
             sizes = [mean(row["rss_mb"] for row in rows[n - 10 : n]) for n in (young, len(rows))]
-            print(f"{engine}, rank {rank} of {world}: {sizes[0]:.1f} MB at step {young}, {sizes[1]:.1f} MB at step "
-                  f"{len(rows)}: {sizes[1] / sizes[0] - 1:+.2%}", flush=True)  # fmt: skip
-        print("\n".join(wrong) or f"{engine}, {world} ranks: nothing else grew, nothing is left", flush=True)
+            print(
+                f"{engine}, rank {rank} of {world}: {sizes[0]:.1f} MB at step {young}, {sizes[1]:.1f} MB at step "
+                f"{len(rows)}: {sizes[1] / sizes[0] - 1:+.2%}",
+                flush=True,
+            )
+        print(
+            "\n".join(wrong) or f"{engine}, {world} ranks: nothing else grew, nothing is left",
+            flush=True,
+        )
         bad += wrong
     return int(bool(bad))
 
@@ -154,5 +238,7 @@ def main(folder: Path, steps: int = 1000, *worlds: int, engine: str = "torch") -
 if __name__ == "__main__":
     if sys.argv[1] == "--worker":
         sys.exit(worker(sys.argv[2], sys.argv[3:]))
-    arguments, options = (sys.argv[1:-2], sys.argv[-1:]) if "--engine" in sys.argv else (sys.argv[1:], ["torch"])
+    arguments, options = (
+        (sys.argv[1:-2], sys.argv[-1:]) if "--engine" in sys.argv else (sys.argv[1:], ["torch"])
+    )
     sys.exit(main(Path(arguments[0]), *map(int, arguments[1:]), engine=options[0]))

@@ -1,7 +1,10 @@
-"""Runs that are killed, that move to other ranks, whose disk fills up or goes bad: they go on, or say what is wrong.
+"""Runs that are killed, that move to other ranks, whose disk fills up or goes bad: they go on, or
+say what is wrong.
 
-tests/crash.py kills at all points; here are the nastiest. Damaged files are read by runs of this process.
+tests/crash.py kills at all points; here are the nastiest. Damaged files are read by runs of this
+process.
 """
+
 import argparse
 import hashlib
 import json
@@ -36,34 +39,79 @@ def model(tmp_path_factory) -> Path:
 def whole(tmp_path_factory, model) -> dict:
     """Runs that were left alone: {ranks: what they left}."""
     folder = tmp_path_factory.mktemp("whole")
-    return {world: crash.reference(world, folder, ["--model", model, *crash.FLAGS, *KL]) for world in (1, 2)}
+    return {
+        world: crash.reference(world, folder, ["--model", model, *crash.FLAGS, *KL])
+        for world in (1, 2)
+    }
 
 
-# fmt: off
-@pytest.mark.parametrize(("world", "chain"), [
-    (1, [("config.json: half", "0"), ("save: half a file", "0"), ("save: old one half deleted", "0"),
-         ("resume: metrics.jsonl half cut", "0"), ("metrics.jsonl: half a line", "0")]),
-    (2, [("save: before the manifest", "1"), ("save: before the rename", "0"),
-         ("update: policy's, then critic's step", "all")]),
-])
-# fmt: on
+@pytest.mark.parametrize(
+    ("world", "chain"),
+    [
+        (
+            1,
+            [
+                ("config.json: half", "0"),
+                ("save: half a file", "0"),
+                ("save: old one half deleted", "0"),
+                ("resume: metrics.jsonl half cut", "0"),
+                ("metrics.jsonl: half a line", "0"),
+            ],
+        ),
+        (
+            2,
+            [
+                ("save: before the manifest", "1"),
+                ("save: before the rename", "0"),
+                ("update: policy's, then critic's step", "all"),
+            ],
+        ),
+    ],
+)
 def test_killed_runs_go_on(tmp_path, model, whole, world, chain):
-    """Guards checkpoints that are whole or absent, files that are cut to the checkpoint, and everything a step depends
-    on: after each kill -9 the next start goes on from the newest whole checkpoint, and in the end all is as if nothing
-    had happened, to the last bit. (Once nothing could be started after a kill in the first write of config.json.)"""
-    lines = crash.crash(world, tmp_path / "run", ["--model", model, *crash.FLAGS, *KL], chain, whole[world])
+    """Guards checkpoints that are whole or absent, files that are cut to the checkpoint, and
+    everything a step depends on: after each kill -9 the next start goes on from the newest whole
+    checkpoint, and in the end all is as if nothing had happened, to the last bit. (Once nothing
+    could be started after a kill in the first write of config.json.)"""
+    lines = crash.crash(
+        world, tmp_path / "run", ["--model", model, *crash.FLAGS, *KL], chain, whole[world]
+    )
     assert not (wrong := [line for line in lines if line["wrong"]]), json.dumps(wrong, indent=1)
-    assert len({row["policy/kl_coef"] for row in whole[world]["metrics.jsonl"] if "policy/kl_coef" in row}) > 1
+    assert (
+        len(
+            {
+                row["policy/kl_coef"]
+                for row in whole[world]["metrics.jsonl"]
+                if "policy/kl_coef" in row
+            }
+        )
+        > 1
+    )
 
 
 def test_ranks_may_change(tmp_path, model, whole):
-    """Guards what is in a checkpoint against depending on who wrote it: two steps each on one process, on two ranks,
-    and on one again, with the KL's controller, are the steps of one process."""
+    """Guards what is in a checkpoint against depending on who wrote it: two steps each on one
+    process, on two ranks, and on one again, with the KL's controller, are the steps of one
+    process."""
     for steps, world in ((2, 1), (4, 2), (6, 1)):
-        start = crash.launch(world, tmp_path / "run", ["--model", model, *crash.FLAGS, *KL, "--steps", steps])
-        assert start["code"] == 0 and f"steps {steps - 2} to {steps}" in start["said"], start["said"][-3000:]
-    keys = ["policy/loss", "policy/grad_norm", "policy/ref_kl", "policy/kl_coef", "policy/entropy", "critic/loss",
-            "critic/grad_norm", "critic/explained_var", "reward/mean", "rollout/length_mean"]  # fmt: skip
+        start = crash.launch(
+            world, tmp_path / "run", ["--model", model, *crash.FLAGS, *KL, "--steps", steps]
+        )
+        assert start["code"] == 0 and f"steps {steps - 2} to {steps}" in start["said"], start[
+            "said"
+        ][-3000:]
+    keys = [
+        "policy/loss",
+        "policy/grad_norm",
+        "policy/ref_kl",
+        "policy/kl_coef",
+        "policy/entropy",
+        "critic/loss",
+        "critic/grad_norm",
+        "critic/explained_var",
+        "reward/mean",
+        "rollout/length_mean",
+    ]
     rows = [json.loads(text) for text in open(tmp_path / "run" / "metrics.jsonl")]
     for row, expected in zip(rows, whole[1]["metrics.jsonl"], strict=True):
         for key in keys if row["step"] else ["eval/correct"]:
@@ -71,10 +119,15 @@ def test_ranks_may_change(tmp_path, model, whole):
 
 
 def test_the_watch_ends_before_the_run(monkeypatch):
-    """Guards the exit code of a run that has done all: a thread that is still inside torch's store when the interpreter
-    ends, aborts it (once a whole run on a busy machine ended with 134, and torchrun called that a failure)."""
+    """Guards the exit code of a run that has done all: a thread that is still inside torch's store
+    when the interpreter ends, aborts it (once a whole run on a busy machine ended with 134, and
+    torchrun called that a failure)."""
     store, asked = dist.TCPStore("127.0.0.1", 0, is_master=True), threading.Event()
-    env = {"TORCHELASTIC_USE_AGENT_STORE": True, "TORCHELASTIC_RESTART_COUNT": 0, "MASTER_ADDR": "127.0.0.1"}
+    env = {
+        "TORCHELASTIC_USE_AGENT_STORE": True,
+        "TORCHELASTIC_RESTART_COUNT": 0,
+        "MASTER_ADDR": "127.0.0.1",
+    }
     for name, value in (env | {"MASTER_PORT": store.port}).items():
         monkeypatch.setenv(name, str(value))
     monkeypatch.setattr(watch, "place", lambda: asked.set() or time.sleep(1) or "a busy place")
@@ -85,7 +138,18 @@ def test_the_watch_ends_before_the_run(monkeypatch):
 
 # ------------------------------------------------------------------------------------------------------ damaged files
 
-SMALL = ["--prompts_per_step", "16", "--minibatch_size", "16", "--ppo_epochs", "1", "--steps", "4", "--save_every", "1"]
+SMALL = [
+    "--prompts_per_step",
+    "16",
+    "--minibatch_size",
+    "16",
+    "--ppo_epochs",
+    "1",
+    "--steps",
+    "4",
+    "--save_every",
+    "1",
+]
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +167,9 @@ def resume(out: Path, model: Path, *more: str) -> list[dict]:
 def digests(folder: Path, but: tuple = ()) -> dict[str, str]:
     """Of every file below; time stamps too: nothing may be written again."""
     return {
-        str(path.relative_to(folder)): f"{path.lstat().st_mtime_ns} {hashlib.sha256(path.read_bytes()).hexdigest()}"
+        str(
+            path.relative_to(folder)
+        ): f"{path.lstat().st_mtime_ns} {hashlib.sha256(path.read_bytes()).hexdigest()}"
         for path in sorted(folder.rglob("*"))
         if path.is_file() and not any(part in path.parts for part in but)
     }
@@ -130,27 +196,41 @@ DAMAGES = {
 
 @pytest.mark.parametrize("name", DAMAGES)
 def test_a_damaged_checkpoint_is_not_used(tmp_path, model, saved, capsys, name):
-    """Guards the digests, and the good checkpoints: a truncated, flipped, missing or empty file of the newest one is
-    named, the one before is used and not touched, and the step that was lost is done again."""
+    """Guards the digests, and the good checkpoints: a truncated, flipped, missing or empty file of
+    the newest one is named, the one before is used and not touched, and the step that was lost is
+    done again."""
     out = tmp_path / "run"
     shutil.copytree(saved, out, symlinks=True)
     DAMAGES[name](out / "checkpoints" / "step_4" / name)
     before = {step: digests(out / "checkpoints" / f"step_{step}") for step in (2, 3, 4)}
     rows = resume(out, model)
     said = capsys.readouterr().out
-    warning = next(line for line in said.splitlines() if line.startswith("warning") and "damaged" in line)
-    assert str(out / "checkpoints" / "step_4") in warning and name in warning and "steps 3 to 4" in said
+    warning = next(
+        line for line in said.splitlines() if line.startswith("warning") and "damaged" in line
+    )
+    assert (
+        str(out / "checkpoints" / "step_4") in warning
+        and name in warning
+        and "steps 3 to 4" in said
+    )
     after = {"2": before[2], "3": before[3], "4.damaged": before[4]}
     assert {step: digests(out / "checkpoints" / f"step_{step}") for step in after} == after
     whole = [crash.timeless(json.loads(text)) for text in open(saved / "metrics.jsonl")]
     assert [crash.timeless(row) for row in rows] == whole
-    assert not damage(out / "checkpoints" / "latest") and os.readlink(out / "checkpoints" / "latest") == "step_4"
+    assert (
+        not damage(out / "checkpoints" / "latest")
+        and os.readlink(out / "checkpoints" / "latest") == "step_4"
+    )
 
 
 def test_a_step_may_go_bad_twice(tmp_path, model, monkeypatch):
-    """Guards the error's name and the dump of a run that ends at the same number after a resume. (Once the second end
-    was an OSError: bad_step_1 existed.)"""
-    monkeypatch.setattr(toy, "toy", lambda text, row, rules=None: {"reward": float("nan"), "correct": 0.0, "status": "ok"})
+    """Guards the error's name and the dump of a run that ends at the same number after a resume.
+    (Once the second end was an OSError: bad_step_1 existed.)"""
+    monkeypatch.setattr(
+        toy,
+        "toy",
+        lambda text, row, rules=None: {"reward": float("nan"), "correct": 0.0, "status": "ok"},
+    )
     for _ in range(2):
         with pytest.raises(FloatingPointError, match="step 1: .*rewards"):
             resume(tmp_path / "run", model)
@@ -159,8 +239,9 @@ def test_a_step_may_go_bad_twice(tmp_path, model, monkeypatch):
 
 
 def test_leftovers_of_an_end_are_removed(tmp_path, model, saved, capsys):
-    """Guards the disk against halves of checkpoints that no later save has the name of, and `latest` against staying
-    behind for ever when a kill came between the last rename and the link: also when no step is left to do."""
+    """Guards the disk against halves of checkpoints that no later save has the name of, and
+    `latest` against staying behind for ever when a kill came between the last rename and the link:
+    also when no step is left to do."""
     out = tmp_path / "run"
     shutil.copytree(saved, out, symlinks=True)
     shutil.copytree(out / "checkpoints" / "step_2", out / "checkpoints" / "step_1.tmp")
@@ -172,8 +253,8 @@ def test_leftovers_of_an_end_are_removed(tmp_path, model, saved, capsys):
 
 
 def test_no_flipped_bit_gets_through(tmp_path, saved):
-    """Guards the seal of state.json, which holds the digests of all other files: of random bits flipped in it, each is
-    noticed, or it is one that changes nothing (a space for a tab)."""
+    """Guards the seal of state.json, which holds the digests of all other files: of random bits
+    flipped in it, each is noticed, or it is one that changes nothing (a space for a tab)."""
     copy, rng = tmp_path / "step_4", random.Random(0)
     shutil.copytree(saved / "checkpoints" / "step_4", copy)
     path, state = copy / "state.json", read_state(copy)
@@ -191,14 +272,16 @@ def test_no_flipped_bit_gets_through(tmp_path, saved):
 
 
 def test_every_shard_is_listed(whole):
-    """Guards the list of files, by which a missing one is noticed, against holding only those of rank 0."""
+    """Guards the list of files, by which a missing one is noticed, against holding only those of
+    rank 0."""
     files = {name for name in whole[2]["files"] if "-of-00002" in name}
     assert len(files) == 8, files  # weights and moments of two models, from two ranks
 
 
 def test_no_whole_checkpoint_is_no_start(tmp_path, model, saved, capsys):
-    """Guards a run against beginning anew over its own metrics when all its checkpoints are damaged: not at the first
-    try, nor at the second (once damaged ones had got another name by then, and none were left to find)."""
+    """Guards a run against beginning anew over its own metrics when all its checkpoints are
+    damaged: not at the first try, nor at the second (once damaged ones had got another name by
+    then, and none were left to find)."""
     out = tmp_path / "run"
     shutil.copytree(saved, out, symlinks=True)
     for step in (2, 3, 4):
@@ -207,13 +290,15 @@ def test_no_whole_checkpoint_is_no_start(tmp_path, model, saved, capsys):
     for _ in range(2):
         with pytest.raises(ValueError, match="none of 3 checkpoints"):
             resume(out, model)
-        assert capsys.readouterr().out.count("critic/model.safetensors is not what was written") == 3
+        assert (
+            capsys.readouterr().out.count("critic/model.safetensors is not what was written") == 3
+        )
         assert digests(out) == before
 
 
 def test_another_run_is_refused(tmp_path, model, saved):
-    """Guards a run against going on with other flags, unnoticed: all that differ are named with both values. Flags that
-    change no number may differ."""
+    """Guards a run against going on with other flags, unnoticed: all that differ are named with
+    both values. Flags that change no number may differ."""
     before = digests(saved)
     with pytest.raises(ValueError) as error:
         resume(saved, model, "--gamma", "0.9", "--lr", "0.5", "--save_every", "3", "--steps", "5")
@@ -225,7 +310,8 @@ def test_another_run_is_refused(tmp_path, model, saved):
 
 
 def test_other_folders_are_left_alone(tmp_path, model):
-    """Guards folders of the user: notes, and a model, whose config.json is no run's (once it was written over)."""
+    """Guards folders of the user: notes, and a model, whose config.json is no run's (once it was
+    written over)."""
     notes = tmp_path / "notes"
     notes.mkdir()
     (notes / "diary.txt").write_text("dear diary")
@@ -252,7 +338,11 @@ def mounted(script: str, **values) -> str:
     else:
         pytest.skip(f"nothing can be mounted here: {reason}")
     toy_run = f'"{sys.executable}" tests/toy.py'
-    env = os.environ | {"RUN": toy_run, "FLAGS": " ".join(SMALL)} | {k: str(v) for k, v in values.items()}
+    env = (
+        os.environ
+        | {"RUN": toy_run, "FLAGS": " ".join(SMALL)}
+        | {k: str(v) for k, v in values.items()}
+    )
     pipe = {"capture_output": True, "text": True, "timeout": 280}
     done = subprocess.run([*unshare, "sh", "-ec", script], cwd=crash.ROOT, env=env, **pipe)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
@@ -260,7 +350,8 @@ def mounted(script: str, **values) -> str:
 
 
 def test_a_full_disk(tmp_path, model, saved):
-    """Guards the checkpoint before the one that the disk has no room for; and the message: which folder, what to do."""
+    """Guards the checkpoint before the one that the disk has no room for; and the message: which
+    folder, what to do."""
     sizes = {path: path.stat().st_size for path in saved.rglob("*") if path.is_file()}
     size = sum(size for path, size in sizes.items() if "checkpoints" not in path.parts)
     size += int(2.5 * sum(size for path, size in sizes.items() if "step_4" in path.parts))
@@ -276,14 +367,23 @@ def test_a_full_disk(tmp_path, model, saved):
         cd $TMP/disk/run/checkpoints; sha256sum --quiet -c $TMP/before
         ls | tr '\\n' ' '; cp ../metrics.jsonl $TMP
         """,
-        SIZE=size, TMP=tmp_path, MODEL=model,
-    )  # fmt: skip
+        SIZE=size,
+        TMP=tmp_path,
+        MODEL=model,
+    )
     assert said.split() == "latest step_1 step_2 latest step_1 step_2 step_3 step_4".split()
     first = (tmp_path / "first").read_text().strip().splitlines()[-1]
-    for part in ("run/checkpoints/step_3 could not be", "No space left", "step_2. Make room, then --resume auto"):
+    for part in (
+        "run/checkpoints/step_3 could not be",
+        "No space left",
+        "step_2. Make room, then --resume auto",
+    ):
         assert part in first, first
     assert "steps 2 to 4" in (tmp_path / "second").read_text()
-    rows, expected = ([crash.timeless(json.loads(x)) for x in open(f / "metrics.jsonl")] for f in (tmp_path, saved))
+    rows, expected = (
+        [crash.timeless(json.loads(x)) for x in open(f / "metrics.jsonl")]
+        for f in (tmp_path, saved)
+    )
     assert rows == expected
 
 
@@ -296,8 +396,13 @@ def test_a_read_only_folder(tmp_path, model, saved):
         mount --bind $TMP/run $TMP/run; mount -o remount,ro,bind $TMP/run
         eval $RUN $TMP/run --model $MODEL $FLAGS --steps 5 --resume auto > $TMP/said 2>&1 && exit 3 || true
         """,
-        TMP=tmp_path, MODEL=model,
-    )  # fmt: skip
+        TMP=tmp_path,
+        MODEL=model,
+    )
     said = (tmp_path / "said").read_text().strip()[-600:]
-    assert "Read-only file system" in said and f"{tmp_path}/run/" in said and "make it writable" in said, said
+    assert (
+        "Read-only file system" in said
+        and f"{tmp_path}/run/" in said
+        and "make it writable" in said
+    ), said
     assert digests(tmp_path / "run") == before

@@ -1,8 +1,11 @@
-"""What a run leaves is an ordinary model: it loads anywhere, and a fresh engine answers with it as the trainer did.
+"""What a run leaves is an ordinary model: it loads anywhere, and a fresh engine answers with it as
+the trainer did.
 
-Runs on one process and on two ranks, tied and untied, are made once; all tests look at what they left. The last one
-samples with plain PyTorch and has a critic of another architecture, so that every answer there has a second opinion.
+Runs on one process and on two ranks, tied and untied, are made once; all tests look at what they
+left. The last one samples with plain PyTorch and has a critic of another architecture, so that
+every answer there has a second opinion.
 """
+
 import json
 import shutil
 import subprocess
@@ -16,18 +19,49 @@ from safetensors.torch import load_file
 
 ROOT = Path(__file__).resolve().parent.parent
 TWO = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-ASK = ["--task", "countdown3", "--max_prompt_tokens", "64", "--max_new_tokens", "24", "--eval_rows", "6",
-       "--eval_every", "1", "--eval_temperature", "0"]  # fmt: skip
-LEARN = ["--prompts_per_step", "8", "--samples_per_prompt", "2", "--max_tokens_per_microbatch", "400", "--steps", "2",
-         "--no-gradient_checkpointing", "--save_every", "1", "--keep_best", "eval/length_mean", "--lr", "1e-2",
-         "--critic_lr", "1e-2", "--entropy_coef", "0.1"]  # fmt: skip
+ASK = [
+    "--task",
+    "countdown3",
+    "--max_prompt_tokens",
+    "64",
+    "--max_new_tokens",
+    "24",
+    "--eval_rows",
+    "6",
+    "--eval_every",
+    "1",
+    "--eval_temperature",
+    "0",
+]
+LEARN = [
+    "--prompts_per_step",
+    "8",
+    "--samples_per_prompt",
+    "2",
+    "--max_tokens_per_microbatch",
+    "400",
+    "--steps",
+    "2",
+    "--no-gradient_checkpointing",
+    "--save_every",
+    "1",
+    "--keep_best",
+    "eval/length_mean",
+    "--lr",
+    "1e-2",
+    "--critic_lr",
+    "1e-2",
+    "--entropy_coef",
+    "0.1",
+]
 EVAL_ROWS = 6
 RUNS = ["tied1", "tied2", "untied1", "untied2"]  # the number of ranks
 
 
 def main(*jobs: str) -> None:
-    """Each job is the flags of a run, as JSON, done one after another. Beside the folder of each run: the ids of every
-    prompt and answer. Rewards and verdicts depend on every letter of an answer, so that there is something to learn."""
+    """Each job is the flags of a run, as JSON, done one after another. Beside the folder of each
+    run: the ids of every prompt and answer. Rewards and verdicts depend on every letter of an
+    answer, so that there is something to learn."""
     sys.path.insert(0, str(ROOT))
     import ppo
     import rewards
@@ -36,7 +70,11 @@ def main(*jobs: str) -> None:
 
     def letters(text: str, row: dict, rules=None) -> dict:
         right = zlib.crc32(text.encode()) % 2
-        return {"reward": len(text) / 100 + right, "correct": float(right), "status": "ok" if right else "wrong"}
+        return {
+            "reward": len(text) / 100 + right,
+            "correct": float(right),
+            "status": "ok" if right else "wrong",
+        }
 
     rewards.REWARDS["countdown"] = letters
     records = rollout.records
@@ -45,7 +83,9 @@ def main(*jobs: str) -> None:
 
         def recorded(step, rows, samples, texts, scored, *more, out=args.out, **numbers):
             with open(f"{out}.ids.jsonl", "a") as file:
-                file.write(json.dumps([[row["ids"], s.ids] for row, s in zip(rows, samples)]) + "\n")
+                file.write(
+                    json.dumps([[row["ids"], s.ids] for row, s in zip(rows, samples)]) + "\n"
+                )
             return records(step, rows, samples, texts, scored, *more, **numbers)
 
         rollout.records = recorded if watch.RANK == 0 else records
@@ -54,7 +94,9 @@ def main(*jobs: str) -> None:
 
 def start(torchrun: list[str], *jobs: list[str]) -> subprocess.Popen:
     command = [sys.executable, *torchrun, __file__, *(json.dumps([*map(str, job)]) for job in jobs)]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
 
 
 def at_once(*processes: subprocess.Popen) -> None:
@@ -64,13 +106,15 @@ def at_once(*processes: subprocess.Popen) -> None:
 
 
 def many_ends(path: str, to: Path) -> Path:
-    """A copy whose generation_config.json names every eighth token as one that ends: answers have all lengths, and a
-    checkpoint that forgets these names is heard."""
+    """A copy whose generation_config.json names every eighth token as one that ends: answers have
+    all lengths, and a checkpoint that forgets these names is heard."""
     shutil.copytree(path, to)
     file = to / "generation_config.json"
     config = json.loads(file.read_text())
     size = json.loads((to / "config.json").read_text())["vocab_size"]
-    file.write_text(json.dumps(config | {"eos_token_id": [config["eos_token_id"], *range(5, size, 8)]}))
+    file.write_text(
+        json.dumps(config | {"eos_token_id": [config["eos_token_id"], *range(5, size, 8)]})
+    )
     return to
 
 
@@ -83,16 +127,37 @@ def trained(tmp_path_factory, tiny, tiny_untied) -> Path:
     models = {"tied": many_ends(tiny, at / "tied"), "untied": many_ends(tiny_untied, at / "untied")}
     size = json.loads((at / "tied" / "config.json").read_text())["vocab_size"]
     torch.manual_seed(0)
-    small = LlamaConfig(vocab_size=size, hidden_size=48, intermediate_size=64, num_hidden_layers=1, num_labels=1,
-                        num_attention_heads=2, num_key_value_heads=2, initializer_range=0.1)  # fmt: skip
+    small = LlamaConfig(
+        vocab_size=size,
+        hidden_size=48,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_labels=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        initializer_range=0.1,
+    )
     LlamaForTokenClassification(small).save_pretrained(at / "critic")
     own = {"untied2": ["--engine", "torch", "--critic_model", at / "critic"]}
-    jobs = {name: [*ASK, *LEARN, "--model", models[name[:-1]], "--out", at / name, *own.get(name, [])] for name in RUNS}
+    jobs = {
+        name: [*ASK, *LEARN, "--model", models[name[:-1]], "--out", at / name, *own.get(name, [])]
+        for name in RUNS
+    }
     at_once(start(TWO, jobs["tied2"]))
     at_once(start(TWO, jobs["untied2"]), start([], jobs["tied1"], jobs["untied1"]))
     steps = {name: "step_1" if name == "tied2" else "latest" for name in RUNS}
-    asked = [[*ASK, "--steps", 0, "--model", at / name / "checkpoints" / step / "policy", "--out", at / f"{name}.fresh"]
-             for name, step in steps.items()]  # fmt: skip
+    asked = [
+        [
+            *ASK,
+            "--steps",
+            0,
+            "--model",
+            at / name / "checkpoints" / step / "policy",
+            "--out",
+            at / f"{name}.fresh",
+        ]
+        for name, step in steps.items()
+    ]
     at_once(start([], *asked[:2]), start([], *asked[2:]))
     return at
 
@@ -122,9 +187,12 @@ def shards(folder: Path) -> dict[str, dict[str, torch.Tensor]]:
 
 @torch.no_grad()
 def surprise(model, prompt: list[int], answer: list[int]) -> float:
-    """How far, at most, an answer's token is from the one that the model itself holds likeliest, in nats. 0: greedy
-    decoding gives this answer, token for token; what is above can only be a tie between engines."""
-    logits = model(torch.tensor([prompt + answer[:-1]])).logits[0, len(prompt) - 1 :].log_softmax(-1)
+    """How far, at most, an answer's token is from the one that the model itself holds likeliest, in
+    nats. 0: greedy decoding gives this answer, token for token; what is above can only be a tie
+    between engines."""
+    logits = (
+        model(torch.tensor([prompt + answer[:-1]])).logits[0, len(prompt) - 1 :].log_softmax(-1)
+    )
     return (logits.amax(-1) - logits.gather(-1, torch.tensor(answer)[:, None])[:, 0]).max().item()
 
 
@@ -133,17 +201,25 @@ TIE = 1e-4  # nats: engines agree within 1e-6; a wrong weight shows as 0.1 and m
 
 @pytest.mark.parametrize("name", RUNS)
 def test_transformers_loads_every_checkpoint(trained, name):
-    """Guards the export: wrong or missing keys, a head that was untied or tied on the way, rounded weights, an index
-    that names other files than there are, a critic without its head, links that lead nowhere."""
+    """Guards the export: wrong or missing keys, a head that was untied or tied on the way, rounded
+    weights, an index that names other files than there are, a critic without its head, links that
+    lead nowhere."""
     from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, AutoTokenizer
 
-    folders = [trained / name / "checkpoints" / step for step in ("step_1", "step_2", "latest", "best")]
+    folders = [
+        trained / name / "checkpoints" / step for step in ("step_1", "step_2", "latest", "best")
+    ]
     assert folders[2].resolve() == folders[1] and folders[3].resolve() in folders[:2]
     for folder in folders:
         policy = load(folder / "policy", AutoModelForCausalLM)
         critic = load(folder / "critic", AutoModelForTokenClassification)
-        assert (policy.lm_head.weight is policy.model.embed_tokens.weight) == name.startswith("tied")
-        assert type(critic).__name__ == ("Llama" if name == "untied2" else "Qwen2") + "ForTokenClassification"
+        assert (policy.lm_head.weight is policy.model.embed_tokens.weight) == name.startswith(
+            "tied"
+        )
+        assert (
+            type(critic).__name__
+            == ("Llama" if name == "untied2" else "Qwen2") + "ForTokenClassification"
+        )
         assert critic.score.weight.any() and critic.config.num_labels == 1
         for model in (policy, critic):  # what vLLM reads
             assert model.config.architectures == [type(model).__name__]
@@ -152,7 +228,9 @@ def test_transformers_loads_every_checkpoint(trained, name):
             if name.endswith("2"):
                 assert list(files) == [f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]
                 index = json.loads((folder / part / "model.safetensors.index.json").read_text())
-                assert index["weight_map"] == {key: file for file, keys in files.items() for key in keys}
+                assert index["weight_map"] == {
+                    key: file for file, keys in files.items() for key in keys
+                }
                 sizes = [sum(x.numel() for x in tensors.values()) for tensors in files.values()]
                 assert min(sizes) > 0.3 * max(sizes)  # no rank writes nearly all
             else:
@@ -162,9 +240,10 @@ def test_transformers_loads_every_checkpoint(trained, name):
 
 @pytest.mark.parametrize("name", RUNS)
 def test_a_fresh_engine_answers_as_the_trainer_did(trained, name):
-    """Guards what is exported against what was trained: weights of another step, a critic in the policy's place, a
-    generation_config.json that was lost. The answers of trainer, fresh vLLM engine and plain transformers agree token
-    for token; where they do not, both tokens must be equally likely. The untrained model says other things."""
+    """Guards what is exported against what was trained: weights of another step, a critic in the
+    policy's place, a generation_config.json that was lost. The answers of trainer, fresh vLLM
+    engine and plain transformers agree token for token; where they do not, both tokens must be
+    equally likely. The untrained model says other things."""
     from transformers import AutoModelForCausalLM
 
     step = 1 if name == "tied2" else 2
@@ -181,7 +260,9 @@ def test_a_fresh_engine_answers_as_the_trainer_did(trained, name):
     if told == fresh:  # no tie among them: then all that is said about them is equal, too
         last, first = rows_of(trained / name)[step], rows_of(trained / f"{name}.fresh")[0]
         ours = {key: value for key, value in last.items() if key.startswith("eval/")}
-        assert len(ours) >= 2 and ours == {key: value for key, value in first.items() if key.startswith("eval/")}
+        assert len(ours) >= 2 and ours == {
+            key: value for key, value in first.items() if key.startswith("eval/")
+        }
     kept = [json.loads(line) for line in open(trained / f"{name}.fresh" / "samples.jsonl")]
     assert len(kept) == EVAL_ROWS
 
@@ -189,28 +270,37 @@ def test_a_fresh_engine_answers_as_the_trainer_did(trained, name):
 @pytest.mark.parametrize("name", RUNS)
 @torch.no_grad()
 def test_the_critic_says_what_it_said(trained, name):
-    """Guards the critic's export, head and size: the values that step 2 began with are those of the checkpoint of step
-    1, on the same answers."""
+    """Guards the critic's export, head and size: the values that step 2 began with are those of the
+    checkpoint of step 1, on the same answers."""
     from transformers import AutoModelForTokenClassification
 
-    critic = load(trained / name / "checkpoints" / "step_1" / "critic", AutoModelForTokenClassification)
+    critic = load(
+        trained / name / "checkpoints" / "step_1" / "critic", AutoModelForTokenClassification
+    )
     recorded = [json.loads(line) for line in open(trained / f"{name}.ids.jsonl")]
     pairs = [pairs for pairs in recorded if len(pairs) > EVAL_ROWS][1]
-    values = torch.cat([critic(torch.tensor([p + a[:-1]])).logits[0, len(p) - 1 :, 0] for p, a in pairs])
+    values = torch.cat(
+        [critic(torch.tensor([p + a[:-1]])).logits[0, len(p) - 1 :, 0] for p, a in pairs]
+    )
     row = rows_of(trained / name)[2]
     for key in ("mean", "min", "max"):
-        assert row[f"critic/value_{key}"] == pytest.approx(getattr(values, key)().item(), abs=1e-5), key
+        assert row[f"critic/value_{key}"] == pytest.approx(
+            getattr(values, key)().item(), abs=1e-5
+        ), key
     assert values.std() > 1e-3
 
 
 def test_two_ranks_write_what_one_does(trained):
-    """Guards the gathering of shards: transposed, of another rank, of a layer before its update; of weights and of
-    AdamW's moments. (Adam divides a gradient by its own size: where that is nearly 0, nothing is known of the step.)"""
+    """Guards the gathering of shards: transposed, of another rank, of a layer before its update; of
+    weights and of AdamW's moments. (Adam divides a gradient by its own size: where that is nearly
+    0, nothing is known of the step.)"""
     for part in ("policy", "critic"):
         one, two = ({}, {})
         for name, all_of in (("tied1", one), ("tied2", two)):
             at = trained / name / "checkpoints" / "step_1"
-            for tensors in (shards(at / part) | {f: load_file(at / f) for f in optimizer_files(at, part)}).values():
+            for tensors in (
+                shards(at / part) | {f: load_file(at / f) for f in optimizer_files(at, part)}
+            ).values():
                 all_of |= tensors
         assert one.keys() == two.keys()
         moments = {key for key in one if key.endswith((".exp_avg", ".exp_avg_sq", ".step"))}
@@ -219,7 +309,9 @@ def test_two_ranks_write_what_one_does(trained):
         for key in one:
             gap = (one[key] - two[key]).abs()
             if key not in moments:  # after one step exp_avg is a tenth of the gradient
-                gradient = one[f"{key}.exp_avg"].abs()  # 0: of a critic's body, below a head of zeros
+                gradient = one[
+                    f"{key}.exp_avg"
+                ].abs()  # 0: of a critic's body, below a head of zeros
                 sure = (gradient > 1e-7) | (gradient == 0)
                 assert gap.max() < 0.01 and sure.float().mean() > 0.5, key
                 gap = gap[sure]
