@@ -2,6 +2,8 @@
 
 Owns: starting the processes of a run, the mesh of ranks, lists and means over all of them.
 Refuses to know: models, and what the numbers are for.
+Left out on purpose: reductions of advantages and losses. Every rank has the numbers of a whole
+step.
 """
 
 import os
@@ -27,57 +29,75 @@ class Ranks(NamedTuple):
 
 
 def start_ranks(bf16: bool, sp: int, replicas: int = 1, patience: float = 120):
-    """(Accelerator, Ranks). Under torchrun, whatever the number of processes, models are sharded by FSDP2: over nccl on
-    GPUs, over gloo on CPU; with `replicas` (HSDP) over world / replicas neighbours only: let these be a node, and only
-    gradients cross the network. Without torchrun this is one plain process. Ranks wait for each other, for the longest
-    answer or a disk, for `patience` minutes and ten more: the watch shall speak before a collective gives up."""
+    """(Accelerator, Ranks). Under torchrun, whatever the number of processes, models are sharded by
+    FSDP2: over nccl on GPUs, over gloo on CPU; with `replicas` (HSDP) over world / replicas
+    neighbours only: let these be a node, and only gradients cross the network. Without torchrun
+    this is one plain process. Ranks wait for each other, for the longest answer or a disk, for
+    `patience` minutes and ten more: the watch shall speak before a collective gives up."""
     from accelerate import Accelerator, FullyShardedDataParallelPlugin, ParallelismConfig
     from accelerate.state import PartialState
     from accelerate.utils import DistributedType, InitProcessGroupKwargs
 
-    precision, cuda = "bf16" if bf16 else "no", torch.cuda.is_available()
+    precision = "bf16" if bf16 else "no"
+    cuda = torch.cuda.is_available()
     if "RANK" not in os.environ:
         return Accelerator(cpu=not cuda, mixed_precision=precision), Ranks()
-    if not cuda:
-        # Accelerate ignores an FSDP plugin on CPU, silently. Under this label it takes the same path as on GPUs.
-        PartialState(cpu=True, timeout=timedelta(minutes=patience + 10))
+    world = int(os.environ["WORLD_SIZE"])
+    timeout = timedelta(minutes=patience + 10)
+    handlers = []
+    if cuda:
+        handlers = [InitProcessGroupKwargs(backend="cuda:nccl,cpu:gloo", timeout=timeout)]
+    else:
+        # Accelerate ignores an FSDP plugin on CPU, silently. Under this label it takes the same
+        # path as on GPUs.
+        PartialState(cpu=True, timeout=timeout)
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
-    plugin = FullyShardedDataParallelPlugin(
-        fsdp_version=2,
-        auto_wrap_policy="transformer_based_wrap",
-        # Accelerate's own policy for bf16 would round outputs (log-probs, that is) and gradient sums to bf16 as well
-        mixed_precision_policy=MixedPrecisionPolicy(torch.bfloat16, torch.float32)
-        if bf16
-        else None,
-    )
-    world, timeout = int(os.environ["WORLD_SIZE"]), {"timeout": timedelta(minutes=patience + 10)}
+    policy = None
+    if bf16:
+        # Accelerate's own policy for bf16 would round outputs (log-probs, that is) and gradient
+        # sums to bf16 as well
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    mesh = None
+    if replicas > 1:
+        mesh = ParallelismConfig(replicas, world // replicas)
     accelerator = Accelerator(
-        fsdp_plugin=plugin,
+        fsdp_plugin=FullyShardedDataParallelPlugin(
+            fsdp_version=2,
+            auto_wrap_policy="transformer_based_wrap",
+            mixed_precision_policy=policy,
+        ),
         mixed_precision=precision,
-        kwargs_handlers=[InitProcessGroupKwargs(backend="cuda:nccl,cpu:gloo", **timeout)]
-        if cuda
-        else [],
-        parallelism_config=ParallelismConfig(replicas, world // replicas) if replicas > 1 else None,
+        kwargs_handlers=handlers,
+        parallelism_config=mesh,
     )
-    rank, rows = accelerator.process_index, range(0, world, sp)
-    # new_group is collective: every rank makes every group
-    groups = [dist.new_group([*range(i, i + sp)], **timeout) if sp > 1 else None for i in rows]
-    return accelerator, Ranks(rank, world, rank // sp, len(rows), rank % sp, sp, groups[rank // sp])
+    rank = accelerator.process_index
+    row = rank // sp
+    group = None
+    if sp > 1:
+        for first in range(0, world, sp):  # new_group is collective: every rank makes every group
+            made = dist.new_group(list(range(first, first + sp)), timeout=timeout)
+            if first == row * sp:
+                group = made
+    return accelerator, Ranks(rank, world, row, world // sp, rank % sp, sp, group)
 
 
 def share(items: list, ranks: Ranks) -> list:
     """This rank's consecutive share of a list that all ranks have."""
-    return items[
-        ranks.rank * len(items) // ranks.world : (ranks.rank + 1) * len(items) // ranks.world
-    ]
+    first = ranks.rank * len(items) // ranks.world
+    end = (ranks.rank + 1) * len(items) // ranks.world
+    return items[first:end]
 
 
 def gather(items: list, ranks: Ranks) -> list:
     """The way back: the lists of all ranks, joined in rank order, on every rank."""
-    parts: list = [None] * ranks.world if ranks.world > 1 else [items]
-    if ranks.world > 1:
-        dist.all_gather_object(parts, items)
-    return [item for part in parts for item in part]
+    if ranks.world == 1:
+        return list(items)
+    parts = [None] * ranks.world
+    dist.all_gather_object(parts, items)
+    joined = []
+    for part in parts:
+        joined += part
+    return joined
 
 
 def everywhere(x, ranks: Ranks) -> list:
@@ -94,16 +114,18 @@ class Meter:
     def add(self, prefix: str, **values: Tensor) -> None:
         """Of any shape, masked entries left out by the caller. Does not wait for the device."""
         for name, x in values.items():
-            x = x.detach().double()
-            pair = torch.stack([x.sum(), torch.full_like(x.sum(), x.numel())])
+            total = x.detach().double().sum()
+            pair = torch.stack([total, torch.full_like(total, x.numel())])
             self.pairs[prefix + name] = self.pairs.get(prefix + name, 0.0) + pair
 
     def means(self, ranks: Ranks) -> dict[str, float]:
-        # every rank has added the same names in the same order; norms of offloaded gradients are on the CPU
+        """name -> mean over all ranks, 0 of what has no entries; collective."""
+        # every rank has added the same names in the same order; norms of offloaded gradients are on
+        # the CPU
         table = torch.stack([pair.cpu() for pair in self.pairs.values()])
         if ranks.world > 1:
             dist.all_reduce(table)
-        return {
-            name: total / max(count, 1.0)
-            for name, (total, count) in zip(self.pairs, table.tolist())
-        }
+        means = {}
+        for name, (total, count) in zip(self.pairs, table.tolist()):
+            means[name] = total / max(count, 1.0)
+        return means
