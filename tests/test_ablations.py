@@ -28,8 +28,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import toy  # before what imports ours or transformers: the path, the guard for the name `kernels`
 import test_structure
-import toy  # before anything else of transformers: the guard for the name `kernels`
 import torch
 from planted import ROOT, copy
 from safetensors.torch import load_file
