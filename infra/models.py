@@ -117,8 +117,10 @@ def full_weights(model: nn.Module, dtype: torch.dtype) -> Iterator[tuple[str, Te
     sent: set[str] = set()
     reshard(model)
     for prefix, unit in list(model.named_modules()):
+        if not isinstance(unit, FSDPModule):
+            continue
         inside = {name for name, _ in model.named_parameters() if name.startswith(prefix)}
-        if not isinstance(unit, FSDPModule) or inside <= sent:
+        if inside <= sent:
             continue  # norm, embedding and head come together, by the name of any of them
         unit.unshard()
         whole = {}

@@ -104,8 +104,8 @@ BUGS = [
     Bug(
         "meter-mean-of-means",
         "infra/dist.py",
-        "torch.stack([x.sum(), torch.full_like(x.sum(), x.numel())])",
-        "torch.stack([x.sum() / max(1, x.numel()), torch.ones_like(x.sum())])",
+        "torch.stack([total, torch.full_like(total, x.numel())])",
+        "torch.stack([total / max(1, x.numel()), torch.ones_like(total)])",
         MATH,
     ),
     # the loop: learning runs and a step computed by hand
@@ -368,31 +368,41 @@ BUGS = [
     # runs that end: checkpoints, guards, engines
     Bug(
         "moments-forgotten",
-        "kernels.py",
-        "optimizer.state[p][moment] = x.to(p.device, copy=True)",
+        "infra/checkpoint.py",
+        "each.optimizer.state[p][moment] = x.to(p.device, copy=True)",
         "pass",
         TRAIN,
     ),
-    Bug("later-rows-stay", "runs.py", 'row["step"] <= start', 'row["step"] < 10**9', TRAIN),
+    Bug(
+        "later-rows-stay", "infra/run.py", 'row["step"] <= last_step', 'row["step"] < 10**9', TRAIN
+    ),
     Bug(
         "checksums-unread",
-        "runs.py",
-        "digest(folder / name) == files[name]",
-        "(folder / name).stat()",
+        "infra/checkpoint.py",
+        "digest(folder / name) != digests[name]",
+        "not (folder / name).stat()",
         CRASH,
     ),
-    Bug("state-unsealed", "runs.py", "return state if seal ==", "return state if seal or", CRASH),
-    Bug("other-flags", "runs.py", "            if names:\n", "            if False:\n", CRASH),
+    Bug(
+        "state-unsealed", "infra/checkpoint.py", "if seal != seal_of(state):", "if not seal:", CRASH
+    ),
+    Bug("other-flags", "infra/checkpoint.py", "    if changed:\n", "    if False:\n", CRASH),
     Bug(
         "saved-in-place",
-        "runs.py",
+        "infra/checkpoint.py",
         "        os.rename(aside, final)\n",
         "        shutil.copytree(aside, final)\n",
         CRASH,
     ),
-    Bug("best-deleted", "runs.py", "        if path != best:\n", "        if True:\n", GUARDS),
-    Bug("secrets-written", "runs.py", "SECRET_NAME.search(name.upper())", "False", GUARDS),
-    Bug("guards-never-stop", "runs.py", "if streaks[name] >= limit:", "if False:", GUARDS),
+    Bug(
+        "best-deleted",
+        "infra/checkpoint.py",
+        "        if path != best:\n",
+        "        if True:\n",
+        GUARDS,
+    ),
+    Bug("secrets-written", "infra/log.py", "SECRET_NAME.search(name.upper())", "False", GUARDS),
+    Bug("guards-never-stop", "infra/run.py", "if streak >= limit:", "if False:", GUARDS),
     Bug(
         "new-engine-has-old-weights",
         "rollout.py",
@@ -402,16 +412,16 @@ BUGS = [
     ),
     Bug(
         "pickles-are-read",
-        "kernels.py",
+        "infra/models.py",
         '"use_safetensors": True',
         '"use_safetensors": False',
         GUARDS,
     ),
     Bug(
         "first-error-hidden",
-        "runs.py",
-        "        print(hide(text), file=sys.stderr, flush=True)\n        if self.store:",
-        "        if self.store:",
+        "infra/watch.py",
+        '        print(hide(f"{where}\\n{traceback.format_exc()}"), file=sys.stderr, flush=True)\n',
+        "",
         GUARDS,
     ),
     # alignment
@@ -446,20 +456,20 @@ BUGS = [
     Bug(
         "index-shifted",
         "kernels.py",
-        "torch.arange(b * width + 1, b * width + n + 1, device=device)",
-        "torch.arange(b * width, b * width + n, device=device)",
+        "first = b * width + 1\n",
+        "first = b * width\n",
         ALIGNMENT + KERNELS,
     ),
     Bug(
         "temperature-missing",
         "kernels.py",
-        "policy.lm_head.temperature = p.targets, temperature",
-        "_ = p.targets, temperature",
+        "    policy.lm_head.temperature = temperature\n",
+        "",
         ALIGNMENT,
     ),
     Bug(
         "value-head-noise",
-        "kernels.py",
+        "infra/models.py",
         'if "score.weight" in info["missing_keys"]:',
         "if False:",
         ALIGNMENT,
@@ -467,15 +477,15 @@ BUGS = [
     Bug(
         "positions-run-on",
         "kernels.py",
-        "position = torch.cat([torch.arange(n, device=device) for n in fed])",
-        "position = torch.arange(len(row), device=device)",
+        "positions = [torch.arange(count, device=device) for count in fed]",
+        "positions = [torch.arange(sum(fed), device=device)]",
         KERNELS,
     ),
     Bug(
         "attention-leaks",
         "kernels.py",
-        "return _varlen_cpu(q, k, v, cu_seqlens.tolist(), scale)",
-        "return _varlen_cpu(q, k, v, [0, len(q)], scale)",
+        "lengths = cu_seqlens.diff().tolist()",
+        "lengths = [len(q)]",
         ALIGNMENT + KERNELS,
     ),
     # kernels
@@ -492,12 +502,16 @@ BUGS = [
     Bug(
         "temperature-missing-in-backward",
         "kernels.py",
-        "a, b = grad_logprob / temperature,",
-        "a, b = grad_logprob,",
+        "of_logprob = grad_logprob / ctx.temperature",
+        "of_logprob = grad_logprob",
         KERNELS,
     ),
     Bug(
-        "entropy-gradient", "kernels.py", "(a + b * entropy)[:, None]", "(a + b)[:, None]", KERNELS
+        "entropy-gradient",
+        "kernels.py",
+        "both = of_logprob + of_entropy * entropy",
+        "both = of_logprob + of_entropy",
+        KERNELS,
     ),
     Bug(
         "hidden-gradient-of-last-piece",
@@ -506,7 +520,13 @@ BUGS = [
         "grad_hidden = grad",
         KERNELS,
     ),
-    Bug("target-in-two-pieces", "kernels.py", "(a * inside)[:, None]", "a[:, None]", KERNELS),
+    Bug(
+        "target-in-two-pieces",
+        "kernels.py",
+        "(of_logprob * inside)[:, None]",
+        "of_logprob[:, None]",
+        KERNELS,
+    ),
     Bug(
         "spare-slots-trained",
         "kernels.py",
@@ -517,43 +537,31 @@ BUGS = [
     Bug(
         "all-to-all-one-way",
         "kernels.py",
-        "return all_to_all(out, sp_group, 0, 1)[None], None",
+        "return all_to_all(out, sp_group, split=0, joined=1)[None], None",
         "return out[None], None",
         KERNELS,
     ),
     Bug(
         "kv-heads-tiled",
         "kernels.py",
-        "repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))\n    q,",
-        "repeat(1, q.shape[1] // k.shape[1], 1) for x in (k, v))\n    q,",
+        "k = k.repeat_interleave(copies, dim=1)\n        v",
+        "k = k.repeat(1, copies, 1)\n        v",
         KERNELS,
     ),
     Bug(
         "head-untied",
-        "kernels.py",
-        "model.lm_head.__class__ = LogprobHead",
-        "model.lm_head.__class__ = LogprobHead\n    model.lm_head.weight = nn.Parameter(model.lm_head.weight.clone())",
+        "infra/models.py",
+        "model.lm_head.__class__ = head",
+        "model.lm_head.__class__ = head\n    model.lm_head.weight = nn.Parameter(model.lm_head.weight.clone())",
         KERNELS,
     ),
     # data
     Bug("cache-on", "kernels.py", "use_cache=False, **where", "use_cache=None, **where", EXACT),
-    Bug(
-        "offload-ignored",
-        "kernels.py",
-        "if offload else OffloadPolicy()",
-        "if False else OffloadPolicy()",
-        EXACT,
-    ),
-    Bug(
-        "replicas-ignored",
-        "kernels.py",
-        "world // replicas) if replicas > 1",
-        "world // replicas) if False",
-        EXACT,
-    ),
+    Bug("offload-ignored", "infra/models.py", "    if offload:\n", "    if False:\n", EXACT),
+    Bug("replicas-ignored", "infra/dist.py", "    if replicas > 1:\n", "    if False:\n", EXACT),
     Bug(
         "layers-of-the-first-model",
-        "kernels.py",
+        "infra/models.py",
         "    plugin.transformer_cls_names_to_wrap = None",
         "    pass",
         EXACT,
@@ -566,9 +574,7 @@ BUGS = [
         "c.vocab_size * c.hidden_size * sum(fed)",
         KERNELS,
     ),
-    Bug(
-        "peaks-add-up", "runs.py", 'Path("/proc/self/clear_refs").write_text("5")', "pass", KERNELS
-    ),
+    Bug("peaks-add-up", "infra/clock.py", 'CLEAR.write_text("5")', "pass", KERNELS),
     Bug(
         "offload-not-planned",
         "costs.py",
@@ -879,6 +885,27 @@ BUGS = [
         'sound = [r for r in scored if r["status"] != "infra"]',
         "sound = scored",
         REWARDS,
+    ),
+    Bug(
+        "replay-of-all-responses",
+        "tools/replay.py",
+        "lr, batch, chosen, args, run)\n    else",
+        "lr, batch, range(len(batch.rows)), args, run)\n    else",
+        GUARDS,
+    ),
+    Bug(
+        "replay-finds-nothing",
+        "tools/replay.py",
+        "            self.faults += texts\n",
+        "            pass\n",
+        GUARDS,
+    ),
+    Bug(
+        "replay-without-moments",
+        "tools/replay.py",
+        "    checkpoint.load_moments(folder, {name: trained})\n",
+        "",
+        GUARDS,
     ),
 ]
 

@@ -100,8 +100,8 @@ def test_stop_texts_end_a_response(tiny, answers):
         assert [(response, finished) for response, _, finished in answered(process)["samples"]] == expected
 
 
-STALE = Bug("one-weight-not-synced", "infra/models.py", "model.named_parameters() if name not in sent)",
-            "model.named_parameters() if name not in sent and 'layers.1.mlp.down' not in name)", ())  # fmt: skip
+STALE = Bug("one-weight-not-synced", "infra/models.py", "        if name not in sent:\n            yield",
+            "        if name not in sent and 'layers.1.mlp.down' not in name:\n            yield", ())
 COLD = Bug("engine-at-temperature-1", "rollout.py", "temperature=temperature,\n                    max_tok", "temperature=1.0,\n                    max_tok", ())
 
 
