@@ -34,10 +34,11 @@ import data  # noqa: E402
 import kernels  # noqa: E402
 import rewards  # noqa: E402
 import rollout  # noqa: E402
-import runs  # noqa: E402
 import tiny  # noqa: E402
+from infra import clock, dist, models  # noqa: E402
 
 CUDA = torch.cuda.is_available()
+ALONE = dist.Ranks()
 DEVICE, DTYPE = ("cuda", torch.bfloat16) if CUDA else ("cpu", torch.float32)
 # flags of ppo.py: the step that TRL is compared with, and run_cpu.sh
 DEMO = ["--prompts_per_step", "128", "--samples_per_prompt", "4", "--minibatch_size", "256",
@@ -119,9 +120,10 @@ def parameters(path: str) -> str:
 
 def load_pair(path: str) -> tuple:
     """Ranks, policy and critic as ppo.py has them."""
-    accelerator, ranks = kernels.start_ranks(bf16=CUDA, sp=1)
+    accelerator, ranks = dist.start_ranks(bf16=CUDA, sp=1)
     kernels.setup("qwen2", liger=False, progress=False, bf16=CUDA)
-    return ranks, kernels.load_policy(path, accelerator, False), kernels.load_critic(path, accelerator, False)
+    policy = models.load_policy(path, kernels.LogprobHead, accelerator)
+    return ranks, policy, models.load_critic(path, accelerator)
 
 
 def random_batch(lengths: list[int], vocab: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -133,7 +135,7 @@ def random_batch(lengths: list[int], vocab: int) -> tuple[torch.Tensor, torch.Te
     return ids.masked_fill(column >= length, 0).to(DEVICE), mask.to(DEVICE)
 
 
-def packed_update(policy, critic, ids, mask, lengths: list[int], budget: int, ranks=kernels.Ranks()) -> torch.Tensor:
+def packed_update(policy, critic, ids, mask, lengths: list[int], budget: int, ranks=ALONE) -> torch.Tensor:
     """Forward and backward of both models on packed rows; the loss. Advantages and returns are made up."""
     total, scale = torch.zeros((), device=ids.device), ranks.world / mask.sum()
     micro = data.plan_microbatches([n - 1 for n in lengths], budget, ranks.rows)[ranks.row]
@@ -213,11 +215,11 @@ def packed() -> None:
         ours = functools.partial(packed_update, policy, critic, ids, mask, lengths, budget)
         theirs = functools.partial(padded_update, plain, valued, ids, mask, lengths, budget)
         outcomes = []
-        for update, models in ((ours, (policy, critic)), (theirs, (plain, valued))):
-            for model in models:
+        for update, pair in ((ours, (policy, critic)), (theirs, (plain, valued))):
+            for model in pair:
                 model.zero_grad()
             loss = update().item()
-            outcomes.append([loss, *(torch.nn.utils.clip_grad_norm_(m.parameters(), 1e9).item() for m in models)])
+            outcomes.append([loss, *(torch.nn.utils.clip_grad_norm_(m.parameters(), 1e9).item() for m in pair)])
         agree = max(abs(a / b - 1) for a, b in zip(*outcomes))
         assert agree < (0.05 if CUDA else 1e-4), f"{mix}: loss and norms {outcomes}"
         fast, slow = alternate(5, ours, theirs)
@@ -248,9 +250,9 @@ def peak(which: str, shape: list[int]) -> float:
     """MB that one forward and backward takes on top of its inputs, in a process that has done no other."""
     head_run(which, 8, 64, 16)()  # threads and libraries
     run, times = head_run(which, *shape), {}
-    with runs.timed(times, "before"):
+    with clock.timed(times, "before"):
         pass
-    with runs.timed(times, "run"):
+    with clock.timed(times, "run"):
         run()
     return 1024 * (times["perf/peak_gb_run"] - times["perf/peak_gb_before"])
 
@@ -288,7 +290,7 @@ def variety(text: str) -> float:
     return len(set(text)) / 100
 
 
-def bench_reward(text: str, row: dict) -> dict:
+def bench_reward(text: str, row: dict, rules) -> dict:
     return {"reward": variety(text), "correct": 0.0, "status": "ok"}
 
 
@@ -326,7 +328,7 @@ def trl_run(model: str, prompts: int, samples: int, new: int, steps: int, use_vl
 
     def watch(key: str, call: Callable) -> Callable:
         def watched(*given, **named):
-            with runs.timed(parts, key):
+            with clock.timed(parts, key):
                 return call(*given, **named)
 
         return watched
@@ -430,7 +432,7 @@ def sync_run(model: str, rounds: int) -> dict[str, list[float]]:
     prompts = [[5 + i] * 30 for i in range(4)]
 
     def load():
-        engine.load(kernels.full_weights(policy, DTYPE))
+        engine.load(models.full_weights(policy, DTYPE))
 
     @torch.no_grad()
     def canary():
@@ -440,7 +442,7 @@ def sync_run(model: str, rounds: int) -> dict[str, list[float]]:
         assert gap.abs().mean() < (0.05 if CUDA else 0.001)
 
     times = alternate(rounds, load, canary)
-    kernels.gather([], ranks)  # close() ends torch.distributed for everybody
+    dist.gather([], ranks)  # close() ends torch.distributed for everybody
     engine.close()
     return dict(zip(("load", "canary"), times))
 
@@ -474,15 +476,14 @@ def sync() -> None:
 def scaling_run(model: str, lengths: list[int], tokens: int, rounds: int) -> list[list[float]]:
     """Seconds of an update of `tokens` tokens in sequences of each length; equal on all ranks, as they wait for all."""
     ranks, policy, critic = load_pair(model)
-    models = {"policy": policy, "critic": critic}
-    optimizers = {name: torch.optim.AdamW(m.parameters(), lr=1e-4) for name, m in models.items()}
+    trained = [models.Trained(m, torch.optim.AdamW(m.parameters(), lr=1e-4)) for m in (policy, critic)]
 
     def update(length: int):
         sequences = [length] * (tokens // length)
         ids, mask = random_batch(sequences, 300)
         packed_update(policy, critic, ids, mask, sequences, max(lengths), ranks)
-        for name, model in models.items():
-            kernels.optimizer_step(model, optimizers[name], 1e-4, 1.0)
+        for one in trained:
+            models.optimizer_step(one, 1e-4, 1.0)
 
     return alternate(rounds, *(functools.partial(update, length) for length in lengths))
 

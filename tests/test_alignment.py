@@ -1,5 +1,8 @@
-"""Index t of every tensor is about token t: packed passes against a plain model that is given one prefix at a time."""
+"""Index t of every tensor is about token t: packed passes against a plain model that is given one
+prefix at a time."""
+
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,9 +11,10 @@ from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, 
 import kernels
 import ppo
 import rollout
+from infra import dist, models
 
 TEMPERATURE = 0.7
-ONE = kernels.Ranks()
+ONE = dist.Ranks()
 SHAPES = [(3, 4), (7, 1), (1, 6), (5, 2), (12, 9)]  # (prompt, response) lengths
 
 
@@ -21,19 +25,19 @@ def attention():
 
 @pytest.fixture(scope="module")
 def accelerator():
-    return kernels.start_ranks(bf16=False, sp=1)[0]
+    return dist.start_ranks(bf16=False, sp=1)[0]
 
 
 def load_critic(path, accelerator):
     """A fresh value head is zero, and would agree with everything."""
-    critic = kernels.load_critic(path, accelerator, checkpointing=True)
+    critic = models.load_critic(path, accelerator, checkpointing=True)
     torch.nn.init.normal_(critic.score.weight, generator=torch.Generator().manual_seed(2))
     return critic
 
 
 @pytest.fixture(scope="module")
 def policy(tiny, accelerator):
-    return kernels.load_policy(tiny, accelerator, checkpointing=True)
+    return models.load_policy(tiny, kernels.LogprobHead, accelerator, checkpointing=True)
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +51,10 @@ def make_batch(path: str, seed: int = 0) -> rollout.Rollout:
     special = [0, tokenizer.pad_token_id, tokenizer.eos_token_id]
 
     def ids(n: int) -> list[int]:
-        return [rng.choice(special) if rng.random() < 0.3 else rng.randrange(len(tokenizer)) for _ in range(n)]
+        return [
+            rng.choice(special) if rng.random() < 0.3 else rng.randrange(len(tokenizer))
+            for _ in range(n)
+        ]
 
     samples = [rollout.Sample(ids(n), [-1.0] * n, finished=False) for _, n in SHAPES]
     return rollout.collate([ids(n) for n, _ in SHAPES], samples)
@@ -70,16 +77,22 @@ def close(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 @pytest.mark.parametrize("folder", ["tiny", "tiny_untied"])
 def test_packed_logprobs_are_those_of_the_prefix_loop(folder, request, accelerator):
-    """Guards a shift by one, a missing temperature, sequences that see each other, and prompt cells that are not 0."""
+    """Guards a shift by one, a missing temperature, sequences that see each other, and prompt cells
+    that are not 0."""
     path = request.getfixturevalue(folder)
-    batch, plain = make_batch(path), AutoModelForCausalLM.from_pretrained(path, attn_implementation="sdpa").eval()
+    batch = make_batch(path)
+    plain = AutoModelForCausalLM.from_pretrained(path, attn_implementation="sdpa").eval()
     p = pack(batch, [3, 0, 4, 2, 1])
-    policy = kernels.load_policy(path, accelerator, checkpointing=True)
-    got = [kernels.unpack([(p.index, x)], batch.mask, ONE) for x in kernels.policy_forward(policy, p, TEMPERATURE)]
+    policy = models.load_policy(path, kernels.LogprobHead, accelerator, checkpointing=True)
+    got = [
+        kernels.unpack([(p.index, x)], batch.mask, ONE)
+        for x in kernels.policy_forward(policy, p, TEMPERATURE)
+    ]
     expected = [torch.zeros(batch.mask.shape), torch.zeros(batch.mask.shape)]
     with torch.no_grad():
         for b, t in batch.mask.nonzero().tolist():
-            logp = torch.log_softmax(plain(batch.ids[b : b + 1, :t]).logits[0, -1] / TEMPERATURE, dim=-1)
+            logits = plain(batch.ids[b : b + 1, :t]).logits[0, -1]
+            logp = torch.log_softmax(logits / TEMPERATURE, dim=-1)
             expected[0][b, t], expected[1][b, t] = logp[batch.ids[b, t]], -(logp.exp() * logp).sum()
     for a, b in zip(got, expected):
         assert torch.allclose(a, b, atol=1e-4)
@@ -88,7 +101,9 @@ def test_packed_logprobs_are_those_of_the_prefix_loop(folder, request, accelerat
 
 def test_the_value_of_a_token_comes_from_the_prefix_before_it(tiny, critic):
     """Guards values shifted by one: V(t) may not know token t, which was the action."""
-    plain = AutoModelForTokenClassification.from_pretrained(tiny, num_labels=1, attn_implementation="sdpa").eval()
+    plain = AutoModelForTokenClassification.from_pretrained(
+        tiny, num_labels=1, attn_implementation="sdpa"
+    ).eval()
     plain.load_state_dict(critic.state_dict())
     batch = make_batch(tiny)
     p = pack(batch, [1, 4, 0, 2, 3])
@@ -102,13 +117,16 @@ def test_the_value_of_a_token_comes_from_the_prefix_before_it(tiny, critic):
 
 def test_a_new_value_head_says_zero(tiny, accelerator):
     """Guards a critic whose first values are noise, or whose dropout makes two passes differ."""
-    critic = kernels.load_critic(tiny, accelerator, checkpointing=True)
+    critic = models.load_critic(tiny, accelerator, checkpointing=True)
     assert (kernels.critic_forward(critic, pack(make_batch(tiny), range(5))) == 0).all()
-    assert critic.training and not any(isinstance(m, torch.nn.Dropout) and m.p for m in critic.modules())
+    assert critic.training and not any(
+        isinstance(m, torch.nn.Dropout) and m.p for m in critic.modules()
+    )
 
 
 def test_collate_masks_come_from_lengths(tiny):
-    """Guards EOS missing from the mask, and masks made from ids: here pad equals EOS and stands everywhere."""
+    """Guards EOS missing from the mask, and masks made from ids: here pad equals EOS and stands
+    everywhere."""
     tokenizer = AutoTokenizer.from_pretrained(tiny)
     tokenizer.pad_token = tokenizer.eos_token
     eos = tokenizer.eos_token_id
@@ -129,7 +147,8 @@ def test_collate_masks_come_from_lengths(tiny):
 
 
 def test_eos_is_in_the_mask_if_and_only_if_the_model_stopped(tiny):
-    """Guards a sampler or a mask without the terminal token: the decision to stop would get no gradient."""
+    """Guards a sampler or a mask without the terminal token: the decision to stop would get no
+    gradient."""
     tokenizer = AutoTokenizer.from_pretrained(tiny)
     eos = [tokenizer.eos_token_id, *range(40, 80)]  # many ends, so that random weights find one
     sampler = rollout.TorchSampler(tiny, eos, max_len=32, dtype="float32")
@@ -144,18 +163,21 @@ def test_eos_is_in_the_mask_if_and_only_if_the_model_stopped(tiny):
 
 
 def test_the_engine_and_the_trainer_agree(tiny, policy):
-    """Guards a temperature that only one of the two applies, and log-probs of another token than the sampled one."""
+    """Guards a temperature that only one of the two applies, and log-probs of another token than
+    the sampled one."""
     sampler = rollout.TorchSampler(tiny, [1], max_len=64, dtype="float32")
     prompts = [[5, 6, 7], [8], [9] * 11]
     samples = sampler.sample(prompts, n=2, max_new_tokens=20, temperature=TEMPERATURE, seed=3)
     batch = rollout.collate([p for p in prompts for _ in range(2)], samples)
     p = pack(batch, range(6))
-    logprobs = kernels.unpack([(p.index, kernels.policy_forward(policy, p, TEMPERATURE)[0])], batch.mask, ONE)
+    logprobs, _ = kernels.policy_forward(policy, p, TEMPERATURE)
+    logprobs = kernels.unpack([(p.index, logprobs)], batch.mask, ONE)
     assert (logprobs - batch.sampler_logprobs).abs().max() < 1e-4
 
 
 def test_packed_neighbours_do_not_see_each_other(tiny, policy, critic):
-    """Guards leaks through attention or positions: sequence 0 changes, the others' numbers and gradients stay."""
+    """Guards leaks through attention or positions: sequence 0 changes, the others' numbers and
+    gradients stay."""
     batch, other = make_batch(tiny, seed=0), make_batch(tiny, seed=1)
     ids = batch.ids.clone()
     ids[0] = other.ids[0]
@@ -167,14 +189,17 @@ def test_packed_neighbours_do_not_see_each_other(tiny, policy, critic):
         values = kernels.critic_forward(critic, p)
         (logprobs + 0.1 * entropy).sum().backward()
         (values[others] ** 2).sum().backward()
-        results.append((logprobs, entropy, values[others], gradient(policy), gradient(critic), values[~others]))
+        results.append(
+            (logprobs, entropy, values[others], gradient(policy), gradient(critic), values[~others])
+        )
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(results[0][:3], results[1][:3]))
     assert all(close(a, b) for a, b in zip(results[0][3:5], results[1][3:5]))
     assert not torch.allclose(results[0][5], results[1][5], atol=1e-2)  # the change was one
 
 
 def test_any_budget_and_any_order_give_the_same_gradient(tiny, policy, critic):
-    """Guards a denominator per micro-batch, and numbers that land on another token's advantage or return."""
+    """Guards a denominator per micro-batch, and numbers that land on another token's advantage or
+    return."""
     batch = make_batch(tiny)
     noise = torch.Generator().manual_seed(0)
     advantages, returns, shift = (torch.randn(batch.mask.shape, generator=noise) for _ in range(3))
@@ -184,21 +209,29 @@ def test_any_budget_and_any_order_give_the_same_gradient(tiny, policy, critic):
         old = kernels.unpack([(p.index, logprobs)], batch.mask, ONE) + 0.2 * shift
 
     def gradients(order, budget):
-        micro = ppo.microbatches(batch, list(order), ppo.Args(max_tokens_per_microbatch=budget), ONE)
-        assert sorted(i for p in micro for i in p.index.tolist()) == batch.mask.flatten().nonzero()[:, 0].tolist()
+        args = ppo.Args(max_tokens_per_microbatch=budget)
+        run = SimpleNamespace(ranks=ONE, progress=list)
+        micro = ppo.microbatches(batch, list(order), args, run)
+        found = sorted(i for p in micro for i in p.index.tolist())
+        assert found == batch.mask.flatten().nonzero()[:, 0].tolist()
         for p in micro:
             logprobs, entropy = kernels.policy_forward(policy, p, TEMPERATURE)
             at = (x.view(-1)[p.index] for x in (old, advantages))
-            loss = ppo.policy_loss(logprobs, *at, (0.2, 0.2))[0] - 0.01 * entropy
+            loss = ppo.policy_loss(logprobs, *at, args)[0] - 0.01 * entropy
             (loss.sum() / batch.mask.sum()).backward()
             values = kernels.critic_forward(critic, p)
-            loss, _ = ppo.value_loss(values, torch.zeros_like(values), returns.view(-1)[p.index], 0.0)
+            wanted = returns.view(-1)[p.index]
+            loss, _ = ppo.value_loss(values, torch.zeros_like(values), wanted, 0.0)
             (loss.sum() / batch.mask.sum()).backward()
         return len(micro), gradient(policy), gradient(critic)
 
     one, *expected = gradients(range(5), 1000)
     assert one == 1
-    for order, budget, count in (([4, 2, 0, 3, 1], 1000, 1), (range(5), 20, 3), ([2, 4, 1, 0, 3], 27, 2)):
+    for order, budget, count in (
+        ([4, 2, 0, 3, 1], 1000, 1),
+        (range(5), 20, 3),
+        ([2, 4, 1, 0, 3], 27, 2),
+    ):
         micro, *got = gradients(order, budget)
         assert micro >= count
         assert all(close(a, b) for a, b in zip(got, expected))

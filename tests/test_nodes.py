@@ -1,4 +1,5 @@
 """Two nodes of two processes each, everything switched on, against one plain process."""
+
 import gzip
 import json
 import os
@@ -12,25 +13,21 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-COUNTDOWN = [
-    "ppo.py", "--task", "countdown3", "--max_prompt_tokens", "64", "--max_new_tokens", "24", "--prompts_per_step", "8",
-    "--samples_per_prompt", "2", "--minibatch_size", "8", "--max_tokens_per_microbatch", "400", "--lr", "1e-3",
-    "--kl_coef", "0.1", "--entropy_coef", "0.1", "--steps", "2",
-]  # fmt: skip
-ALL_AT_ONCE = [
-    "--tp", "2", "--sp", "2", "--replicas", "2", "--offload", "policy", "critic", "reference",
-    "--gradient_checkpointing", "--save_every", "1", "--profile", "2",
-]  # fmt: skip
+COUNTDOWN = """ppo.py --task countdown3 --max_prompt_tokens 64 --max_new_tokens 24
+    --prompts_per_step 8 --samples_per_prompt 2 --minibatch_size 8 --max_tokens_per_microbatch 400
+    --lr 1e-3 --kl_coef 0.1 --entropy_coef 0.1 --steps 2""".split()
+ALL_AT_ONCE = """--tp 2 --sp 2 --replicas 2 --offload policy critic reference
+    --gradient_checkpointing --save_every 1 --profile 2""".split()
 
 
-def ip(*words: str) -> None:
-    subprocess.run(["ip", *words], check=True, capture_output=True)
+def ip(words: str) -> None:
+    subprocess.run(["ip", *words.split()], check=True, capture_output=True)
 
 
 @contextmanager
 def two_hosts():
-    """[(what to put before a command, its address)]: two network namespaces with a cable between them, hosts as far as
-    sockets can tell. Where these cannot be made: this host, twice."""
+    """[(what to put before a command, its address)]: two network namespaces with a cable between
+    them, hosts as far as sockets can tell. Where these cannot be made: this host, twice."""
     names = [f"ppo-{uuid.uuid4().hex[:6]}" for _ in range(2)]
     if os.geteuid() or not shutil.which("ip"):
         print("no network namespaces (they need root and iproute2): both nodes are this host")
@@ -38,13 +35,16 @@ def two_hosts():
         return
     try:
         for name in names:
-            ip("netns", "add", name)
-            ip("-n", name, "link", "set", "lo", "up")
-        ip("-n", names[0], "link", "add", "cable", "type", "veth", "peer", "name", "cable", "netns", names[1])
+            ip(f"netns add {name}")
+            ip(f"-n {name} link set lo up")
+        one, other = names
+        ip(f"-n {one} link add cable type veth peer name cable netns {other}")
         for i, name in enumerate(names):
-            ip("-n", name, "addr", "add", f"10.77.0.{i + 1}/24", "dev", "cable")
-            ip("-n", name, "link", "set", "cable", "up")
-        hosts = [(["ip", "netns", "exec", name], f"10.77.0.{i + 1}") for i, name in enumerate(names)]
+            ip(f"-n {name} addr add 10.77.0.{i + 1}/24 dev cable")
+            ip(f"-n {name} link set cable up")
+        hosts = [
+            (["ip", "netns", "exec", name], f"10.77.0.{i + 1}") for i, name in enumerate(names)
+        ]
     except subprocess.CalledProcessError as error:
         print(f"no network namespaces ({error.stderr}): both nodes are this host")
         hosts = [([], "127.0.0.1")] * 2
@@ -61,10 +61,12 @@ def nodes(*flags: str) -> list[str]:
     with two_hosts() as hosts:
         head = f"{hosts[0][1]}:29477"
         for i, (inside, address) in enumerate(hosts):
-            env = os.environ | ({"GLOO_SOCKET_IFNAME": "cable", "VLLM_HOST_IP": address} if inside else {})
+            env = dict(os.environ)
+            if inside:
+                env |= {"GLOO_SOCKET_IFNAME": "cable", "VLLM_HOST_IP": address}
             # is_host and local_addr: these hosts have no names. Real ones do
-            launch = ["--nnodes", "2", "--nproc_per_node", "2", "--rdzv_backend", "c10d", "--rdzv_endpoint", head,
-                      "--rdzv_conf", f"is_host={int(i == 0)}", "--local_addr", address]  # fmt: skip
+            launch = f"""--nnodes 2 --nproc_per_node 2 --rdzv_backend c10d --rdzv_endpoint {head}
+                --rdzv_conf is_host={int(i == 0)} --local_addr {address}""".split()
             command = [*inside, sys.executable, "-m", "torch.distributed.run", *launch, *flags]
             pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
             running.append(subprocess.Popen(command, cwd=ROOT, env=env, **pipe))
@@ -74,23 +76,38 @@ def nodes(*flags: str) -> list[str]:
 
 
 def test_two_nodes_with_everything_are_one_process(tmp_path, tiny):
-    """Guards groups that do not fit together (engines over neighbours, rows over neighbours, copies a node, clipping and
-    denominators over all), optimizers on the CPU, a main rank on every node, and names of phases in the profile."""
+    """Guards groups that do not fit together (engines over neighbours, rows over neighbours, copies
+    a node, clipping and denominators over all), optimizers on the CPU, a main rank on every node,
+    and names of phases in the profile."""
     flags = [*COUNTDOWN, "--model", tiny, "--out"]
     first, second = nodes(*flags, str(tmp_path / "nodes"), *ALL_AT_ONCE)
     assert "FSDP2 over 4 ranks" in first and "step    2/2" in first and "step    2/2" not in second
-    one = subprocess.run([sys.executable, *flags, str(tmp_path / "one")], cwd=ROOT, capture_output=True, text=True)
+    one = subprocess.run(
+        [sys.executable, *flags, str(tmp_path / "one")], cwd=ROOT, capture_output=True, text=True
+    )
     assert one.returncode == 0, one.stderr[-3000:]
-    rows = {name: [json.loads(line) for line in open(tmp_path / name / "metrics.jsonl")] for name in ("one", "nodes")}
-    keys = ["policy/loss", "policy/grad_norm", "policy/ref_kl", "policy/entropy", "critic/loss", "critic/grad_norm",
-            "rollout/length_mean"]  # fmt: skip
+    rows = {
+        name: [json.loads(line) for line in open(tmp_path / name / "metrics.jsonl")]
+        for name in ("one", "nodes")
+    }
+    keys = """policy/loss policy/grad_norm policy/ref_kl policy/entropy critic/loss critic/grad_norm
+        rollout/length_mean""".split()
     for expected, row in zip(rows["one"], rows["nodes"], strict=True):
-        assert {key: row[key] for key in keys} == pytest.approx({key: expected[key] for key in keys}, rel=1e-4, abs=1e-6)
+        assert {key: row[key] for key in keys} == pytest.approx(
+            {key: expected[key] for key in keys}, rel=1e-4, abs=1e-6
+        )
         assert row["mismatch/canary"] < 1e-4
-    assert rows["one"][1]["policy/ref_kl"] != 0  # the weights have moved, and with them the engine's
+    # the weights have moved, and with them the engine's
+    assert rows["one"][1]["policy/ref_kl"] != 0
     traces = sorted((tmp_path / "nodes" / "profile").iterdir())
     phases = ("forward", "sync", "update")
-    assert [trace.name for trace in traces] == [f"{phase}_rank{rank}.json.gz" for phase in phases for rank in range(4)]
-    names = [{event.get("name") for event in json.loads(gzip.open(trace).read())["traceEvents"]} for trace in traces]
+    assert [trace.name for trace in traces] == [
+        f"{phase}_rank{rank}.json.gz" for phase in phases for rank in range(4)
+    ]
+    names = [
+        {event.get("name") for event in json.loads(gzip.open(trace).read())["traceEvents"]}
+        for trace in traces
+    ]
     assert all("aten::scaled_dot_product_attention" in found for found in names)
-    assert [any("AdamW" in name for name in found if name) for found in names] == [False] * 8 + [True] * 4
+    updates = [any("AdamW" in name for name in found if name) for found in names]
+    assert updates == [False] * 8 + [True] * 4
