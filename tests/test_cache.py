@@ -1,4 +1,5 @@
 """What is kept on disk: the cache of loaded files, four processes at once, memory, and python data.py eurus."""
+
 import json
 import os
 import random
@@ -24,13 +25,18 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def plain(loaded) -> list:
     """All of it, to compare."""
-    splits = [{task: [dict(row) for row in rows] for task, rows in split.items()} for split in loaded[:2]]
+    splits = [
+        {task: [dict(row) for row in rows] for task, rows in split.items()} for split in loaded[:2]
+    ]
     return [*splits, loaded.weights, loaded.report]
 
 
 def test_the_second_load_is_fast_and_equal(tmp_path, tok):
     """Guards a cache that is never found again, or that holds something else than what was found."""
-    write_parquet(tmp_path / "train.parquet", [eurus(n, "math", f"x+{n}", "word " * 50) for n in range(100, 400)])
+    write_parquet(
+        tmp_path / "train.parquet",
+        [eurus(n, "math", f"x+{n}", "word " * 50) for n in range(100, 400)],
+    )
     write_parquet(tmp_path / "test.parquet", [eurus(1, "math", "4")])
     source, seconds, made = data.Source(task="math", data=(str(tmp_path),), template="chat"), [], []
     for _ in range(4):
@@ -52,7 +58,9 @@ def test_the_cache_is_never_stale(tmp_path, tok):
     for options in (*different, {"max_prompt_tokens": limit}):
         assert plain(load(tok, tmp_path, **options))[0] != first[0], options
     assert plain(load(tok, tmp_path)) == first
-    for n, changes in enumerate(({"template": fixtures.QWEN.replace("assistant", "Assistant")}, {"first": 5})):
+    for n, changes in enumerate(
+        ({"template": fixtures.QWEN.replace("assistant", "Assistant")}, {"first": 5})
+    ):
         other = fixtures.tokenizer(tmp_path / f"tokenizer {n}", **changes)
         assert plain(load(other, tmp_path))[0] != first[0]  # and load() compares the ids
     for token in fixtures.SPECIAL:
@@ -61,7 +69,9 @@ def test_the_cache_is_never_stale(tmp_path, tok):
         load(other, tmp_path)
     size = file.stat().st_size
     write_parquet(file, [eurus(n, "math", "50", "x" * n) for n in range(10, 40)])
-    assert {row["answer"] for row in load(tok, tmp_path).train["math"]} == {"50"} and file.stat().st_size == size
+    assert {row["answer"] for row in load(tok, tmp_path).train["math"]} == {
+        "50"
+    } and file.stat().st_size == size
     write_parquet(held, [eurus(2, "math", "4")])
     assert marks(load(tok, tmp_path).test["math"]) == [2]
     file.rename(tmp_path / "train-1.parquet")
@@ -107,12 +117,18 @@ def result(process: subprocess.Popen) -> dict:
 
 def test_ranks_load_at_once(tmp_path, folder):
     """Guards ranks that write the same cache file together: one reads half of it, or all wait for ever."""
-    rows = [eurus(n, *(("code", fixtures.GOOD_TESTS[n % 3]) if n % 5 == 0 else ("math", f"{n}/7"))) for n in range(600)]
+    rows = [
+        eurus(n, *(("code", fixtures.GOOD_TESTS[n % 3]) if n % 5 == 0 else ("math", f"{n}/7")))
+        for n in range(600)
+    ]
     write_parquet(tmp_path / "train.parquet", rows[40:] + [eurus(9_999, "math", "")])
     write_parquet(tmp_path / "test.parquet", rows[:40])
     ranks = [start(folder, tmp_path, tmp_path / "cache") for _ in range(3)]
     digests = {result(rank)["digest"] for rank in ranks}
-    assert len(digests) == 1 and result(start(folder, tmp_path, tmp_path / "cache"))["digest"] in digests
+    assert (
+        len(digests) == 1
+        and result(start(folder, tmp_path, tmp_path / "cache"))["digest"] in digests
+    )
 
 
 def test_a_load_that_was_killed(tmp_path, folder):
@@ -137,8 +153,17 @@ def test_unit_tests_stay_on_disk(tmp_path, folder):
     pieces = [random.Random(n).randbytes(500_000).hex() for n in range(4)]
     rows = [eurus(n, "code", code_tests([pieces[n % 4] + str(n)], [f"{n}"])) for n in range(300)]
     rows += [eurus(n, "math", "4") for n in range(300, 320)]
-    write_parquet(tmp_path / "train.parquet", rows, row_group_size=20, compression="none", use_dictionary=False)
-    write_parquet(tmp_path / "test.parquet", [eurus(901, "math", "4"), eurus(902, "code", fixtures.GOOD_TESTS[0])])
+    write_parquet(
+        tmp_path / "train.parquet",
+        rows,
+        row_group_size=20,
+        compression="none",
+        use_dictionary=False,
+    )
+    write_parquet(
+        tmp_path / "test.parquet",
+        [eurus(901, "math", "4"), eurus(902, "code", fixtures.GOOD_TESTS[0])],
+    )
     del rows
     made = result(start(folder, tmp_path, tmp_path / "cache"))
     grown = [made[when]["RssAnon"] - made["before"]["RssAnon"] for when in ("after", "read")]
@@ -146,20 +171,45 @@ def test_unit_tests_stay_on_disk(tmp_path, folder):
 
 
 def shape(rows) -> list:
-    return sorted((mark(row), row["prompt"], row["answer"], row["source"], row["ids"]) for row in rows)
+    return sorted(
+        (mark(row), row["prompt"], row["answer"], row["source"], row["ids"]) for row in rows
+    )
 
 
 @pytest.mark.parametrize("template", ["base", "chat"])
 def test_the_command_writes_what_was_kept(tmp_path, folder, tok, template):
     """Guards a filtered copy with other rows, other columns, or rows that the next load drops."""
     fixtures.eurus_folder(tmp_path / "in")
-    command = [sys.executable, str(ROOT / "data.py"), "eurus", "--out", str(tmp_path / "out"), "--template", template]
-    command += ["--data", str(tmp_path / "in"), "--model", str(folder), "--max_prompt_tokens", "1000"]
+    command = [
+        sys.executable,
+        str(ROOT / "data.py"),
+        "eurus",
+        "--out",
+        str(tmp_path / "out"),
+        "--template",
+        template,
+    ]
+    command += [
+        "--data",
+        str(tmp_path / "in"),
+        "--model",
+        str(folder),
+        "--max_prompt_tokens",
+        "1000",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3_000:]
     assert re.search(UTF8, done.stdout) and "taco" in done.stdout
     for name in ("train", "validation"):
-        assert pq.read_schema(tmp_path / "out" / f"{name}.parquet").remove_metadata().equals(fixtures.EURUS)
-    one, two = (load(tok, tmp_path / name, task="math,code", template=template) for name in ("in", "out"))
-    assert all(shape(one[i][task]) == shape(two[i][task]) for i in (0, 1) for task in ("math", "code"))
+        assert (
+            pq.read_schema(tmp_path / "out" / f"{name}.parquet")
+            .remove_metadata()
+            .equals(fixtures.EURUS)
+        )
+    one, two = (
+        load(tok, tmp_path / name, task="math,code", template=template) for name in ("in", "out")
+    )
+    assert all(
+        shape(one[i][task]) == shape(two[i][task]) for i in (0, 1) for task in ("math", "code")
+    )
     assert all(not reasons for *_, reasons in account(two)), two.report
