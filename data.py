@@ -471,7 +471,8 @@ def read_plain(raw: dict) -> Found:
     return Found(named_task(raw), first(raw, PROMPT_COLUMNS), first(raw, ANSWER_COLUMNS))
 
 
-SCHEMAS = (read_tinyzero, read_eurus, read_programs, read_plain)  # the first that knows a row
+# the first that sees a row of a wanted task
+SCHEMAS = (read_tinyzero, read_eurus, read_programs, read_plain)
 
 
 def parse_line(raw: dict) -> dict:
@@ -515,7 +516,10 @@ def read(
     schemas = SCHEMAS
     if "answer" in columns:  # a column that is named is read, whatever else there is
         schemas = (read_plain,)
-    found = next(said for schema in schemas if (said := schema(raw)) is not None)
+    for schema in schemas:
+        found = schema(raw)
+        if found is not None and found.task in (None, *wanted):
+            break
     task = found.task
     if task is None:
         task = wanted[0]

@@ -4,6 +4,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -213,3 +214,101 @@ def test_the_command_writes_what_was_kept(tmp_path, folder, tok, template):
         shape(one[i][task]) == shape(two[i][task]) for i in (0, 1) for task in ("math", "code")
     )
     assert all(not reasons for *_, reasons in account(two)), two.report
+
+
+def generated(tok, **options) -> list:
+    return plain(data.load(data.Source(task="countdown3", **options), tok))
+
+
+def test_generated_rows_are_made_once(tmp_path, tok, monkeypatch):
+    """Guards seven seconds of CPU at every start on every rank, and remembered rows that differ, or that are taken for
+    those of another seed, template or tokenizer."""
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    rows = generated(tok)
+    chat = generated(tok, template="chat")
+    other = generated(fixtures.tokenizer(tmp_path / "other", first=5))
+    assert rows[0] != other[0] and rows[0] != chat[0] and len(rows[0]["countdown3"]) == 10_000
+    for seed in (0, 1):
+        assert len(data.countdown("train", seed, "base", train=20)) == 20
+    kept = sorted((tmp_path / "cache").glob("*.json"))
+    assert len(kept) == 2 + 3 + 2  # problems of two splits, ids three times, problems of two seeds
+
+    def fail(*_):
+        raise AssertionError("made again")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(data, "encode", fail)
+        patch.setattr(data, "random_value", fail)
+        assert generated(tok) == rows and generated(tok, template="chat") == chat
+        with pytest.raises(AssertionError, match="made again"):
+            data.countdown("train", 2, "base", train=20)
+    for file in kept:
+        file.write_text(file.read_text()[:100])  # the machine stopped while it was written
+    assert generated(tok) == rows
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(kept[0]))  # no folder, so that nothing can be kept
+    assert generated(tok) == rows
+
+
+GENERATED = """
+import hashlib, json, sys
+from transformers import AutoTokenizer  # before our kernels.py can be found
+sys.path.insert(0, {root!r})
+import data
+loaded = data.load(data.Source(task="countdown3"), AutoTokenizer.from_pretrained(sys.argv[1]))
+print(json.dumps({{"digest": hashlib.sha256(json.dumps(loaded[:2]).encode()).hexdigest()}}))
+"""
+
+
+def test_ranks_generate_at_once(tmp_path, folder, monkeypatch):
+    """Guards ranks that write the same file together, and one that reads half of it."""
+    monkeypatch.setattr(sys.modules[__name__], "SCRIPT", GENERATED)
+    ranks = [start(folder, tmp_path, tmp_path / "cache") for _ in range(3)]
+    assert len({result(rank)["digest"] for rank in ranks}) == 1
+    assert {file.suffix for file in (tmp_path / "cache").iterdir()} <= {".json", ".lock"}
+
+
+def test_the_cache_is_where_that_of_datasets_is():
+    """Guards a second cache: data.py says where it is without an import of datasets."""
+    import datasets
+
+    assert data.cache_folder() == Path(datasets.config.HF_DATASETS_CACHE)
+
+
+def test_verdicts_outlive_edits_of_anything_but_the_verifier(tmp_path, tok, monkeypatch):
+    """Guards minutes of asking again after an edit of rewards.py, and verdicts of another verifier."""
+    write_parquet(tmp_path / "train.parquet", [eurus(n, "math", f"x+{n}") for n in range(20)])
+    write_parquet(
+        tmp_path / "test.parquet", [eurus(91, "math", r"\frac{1}{")] + [eurus(92, "math", "y")]
+    )
+    asked = []
+    monkeypatch.setattr(data, "ask_verifier", lambda answers, progress: asked.append(answers) or [])
+    for names in ("VERIFIER_FILES", "LIMIT_FILES"):
+        copies = []
+        for file in getattr(data, names):
+            if file.exists():
+                copies.append(Path(shutil.copy(file, tmp_path / f"{file.stem}.copy")))
+        monkeypatch.setattr(data, names, tuple(copies))
+    limits = "\n".join(file.read_text() for file in data.LIMIT_FILES)
+    assert len(data.LIMITS.findall(limits)) == 2, (
+        "a limit of the verifier has another name or place"
+    )
+    (verifier,) = data.VERIFIER_FILES
+    load(tok, tmp_path)
+    assert len(asked) == 2 and asked[1] == [r"\frac{1}{", "y"]
+
+    def edit(file: Path, old: str, new: str) -> int:
+        before = len(asked)
+        text = file.read_text()
+        file.write_text(text.replace(old, new))
+        assert file.read_text() != text
+        load(tok, tmp_path)
+        return len(asked) - before
+
+    rewards = next(file for file in data.LIMIT_FILES if "MATH_SECONDS = " in file.read_text())
+    assert edit(rewards, "def ", "# a comment\ndef ") == 0
+    assert edit(verifier, "def ", "# a comment\ndef ") == 2
+    assert edit(rewards, "MATH_SECONDS = ", "MATH_SECONDS = 1 + ") == 2
+    assert edit(rewards, "MATH_SECONDS = 1 + ", "MATH_SECONDS = ") == 0
+    monkeypatch.setattr(data, "version", lambda name: f"{name} 99")
+    load(tok, tmp_path)
+    assert len(asked) == 8

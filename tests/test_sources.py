@@ -385,6 +385,64 @@ def test_formats(tmp_path, tok, task, rows, options, answers, kind):
         assert sorted(len(row["prompt"]) for row in found) == [1, 3]
 
 
+def test_named_columns_win(tmp_path, tok):
+    """Guards a column that is named and not read, because the row has another schema, too; and "" for the usual one."""
+    rows = [eurus(n, "math", "4") | {"gold": "5", "ask": f"[{n}] ask?"} for n in range(1, 4)]
+    write_jsonl(
+        tmp_path / "a.jsonl", [json.loads(json.dumps(row, default=bytes.decode)) for row in rows]
+    )
+    usual = load(tok, tmp_path / "a.jsonl").train["math"][0]
+    assert usual["answer"] == "4" and "Problem" in usual["prompt"][-1]["content"]
+    named = load(tok, tmp_path / "a.jsonl", answer_column=("gold",), prompt_column=("ask",)).train[
+        "math"
+    ]
+    assert {row["answer"] for row in named} == {"5"} and "] ask?" in named[0]["prompt"][-1][
+        "content"
+    ]
+    write_jsonl(
+        tmp_path / "b.jsonl", [{"question": f"[{n}] q?", **fixtures.PAIR} for n in range(1, 4)]
+    )
+    both = load(
+        tok,
+        tmp_path / "a.jsonl",
+        tmp_path / "b.jsonl",
+        task="math,code",
+        answer_column=("gold", ""),
+    )
+    assert (
+        both.train["math"][0]["answer"] == "5" and both.train["code"][0]["answer"] == fixtures.PAIR
+    )
+
+
+def test_splits_that_are_named(tmp_path, tok):
+    """Guards another split than the one that was asked for."""
+    for n, name in enumerate(("train", "test", "hard", "easy")):
+        write_jsonl(tmp_path / f"{name}.jsonl", [line(10 * n), line(10 * n + 1)])
+    assert marks(load(tok, tmp_path).train["math"]) == [0, 1]
+    loaded = load(tok, tmp_path, train_split=("hard",), test_split=("easy",))
+    assert (marks(loaded.train["math"]), marks(loaded.test["math"])) == ([20, 21], [30, 31])
+
+
+def test_a_new_task_in_files(tmp_path, tok, monkeypatch):
+    """Guards tasks that are taken for code, and a table that was forgotten: what is missing is said, before a file is
+    read."""
+    write_jsonl(tmp_path / "rows.jsonl", [line(n, answer=f"{n} kg") for n in range(1, 9)])
+    wanted = data.Source(task="physics", data=(str(tmp_path / "rows.jsonl"),), template="chat")
+    with pytest.raises(ValueError, match="'physics' is not known.*TASKS.*ANSWERS"):
+        data.load(wanted, tok)
+    monkeypatch.setitem(data.ANSWERS, "physics", data.math_answer)
+    with pytest.raises(
+        ValueError, match="'physics'.*INSTRUCTIONS.*math.*add 'physics': .mark, sentence"
+    ):
+        data.load(wanted, tok)
+    monkeypatch.setitem(data.INSTRUCTIONS, "physics", ("unit", " Give the unit."))
+    with pytest.raises(ValueError, match="physics.*--data"):
+        data.load(data.Source(task="physics", template="chat"), tok)
+    rows = data.load(wanted, tok).train["physics"]
+    assert all(re.fullmatch(r"\d kg", row["answer"]) and row["task"] == "physics" for row in rows)
+    assert rows[0]["prompt"][-1]["content"].endswith("how many? Give the unit.")
+
+
 def test_conversations_differ_by_all_their_turns(tmp_path, tok):
     """Guards conversations that end alike, "and why?", taken for the same one."""
     begun = [{"role": "user", "content": f"[{n}] Add {n}."} for n in range(9)]
@@ -474,6 +532,28 @@ def test_countdown_files(tmp_path, tok):
             )
             == 3
         )
+
+
+def test_files_that_tinyzero_writes(tmp_path, tok):
+    """Guards files of its own script, which call the ability of countdown "math"."""
+    rows = []
+    for n in range(10, 40):
+        truth = {"target": n, "numbers": [n, 2, 2]}
+        prompt = [{"role": "user", "content": f"Using the numbers {truth['numbers']} ..."}]
+        row = {
+            "data_source": "countdown",
+            "prompt": prompt,
+            "ability": "math",
+            "target": n,
+            "nums": [n, 2, 2],
+        }
+        rows.append(row | {"reward_model": {"style": "rule", "ground_truth": truth}})
+    pq.write_table(pa.Table.from_pylist(rows[:25]), tmp_path / "train.parquet")
+    pq.write_table(pa.Table.from_pylist(rows[25:]), tmp_path / "test.parquet")
+    loaded = load(tok, tmp_path, task="countdown")
+    assert len(loaded.train["countdown"]) == 25 and len(loaded.test["countdown"]) == 5
+    for row in loaded.train["countdown"]:
+        assert row["prompt"] == data.ask_countdown(**row["answer"], template="chat")
 
 
 def test_countdown_splits_as_tinyzero_does(tmp_path, tok, monkeypatch):
