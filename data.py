@@ -250,6 +250,15 @@ def countdown(
     return rows
 
 
+def in_words(task: str, name: str, answers: dict, template: str) -> list[dict]:
+    """Rows out of {question: answer}, asked as the reward of the task needs it."""
+    rows = []
+    for question, answer in answers.items():
+        prompt = ask([{"role": "user", "content": question}], task, template)
+        rows.append({"task": task, "prompt": prompt, "answer": answer, "id": f"{name}-{len(rows)}"})
+    return rows
+
+
 # in its own process: some tasks use the global random state
 GYM = """import base64, json, pickle, random, sys, numpy
 random.seed(0), numpy.random.seed(0)
@@ -280,13 +289,8 @@ def gym(name: str, split: str, seed: int, template: str) -> list[dict]:
     if split == "train":
         made = gym_problems(name, seed + 1, 2_000)
         problems = {question: made[question] for question in made if question not in test}
-    rows = []
-    for question, problem in problems.items():
-        prompt = ask([{"role": "user", "content": question}], "rg", template)
-        answer = {"name": name, "entry": problem}
-        where = f"{name}-{split}-{len(rows)}"
-        rows.append({"task": f"rg:{name}", "prompt": prompt, "answer": answer, "id": where})
-    return rows
+    answers = {question: {"name": name, "entry": problems[question]} for question in problems}
+    return in_words(f"rg:{name}", f"{name}-{split}", answers, template)
 
 
 # task -> loader(split, seed, template) of rows that need no file; split is "train" or "test"
