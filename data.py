@@ -239,10 +239,9 @@ def countdown(
     if split == "train":
         count = train
     rule = (split, seed, sizes, max_number, count)
+    make = partial(countdown_problems, *rule)
     rows = []
-    for numbers, target in remembered(
-        "countdown", partial(countdown_problems, *rule), repr(rule), this_code()
-    ):
+    for numbers, target in remembered("countdown", make, repr(rule), this_code()):
         prompt = ask_countdown(numbers, target, template)
         answer = {"numbers": numbers, "target": target}
         name = f"countdown-{split}-{len(rows)}"
@@ -692,7 +691,10 @@ def open_tables(place: Place, progress: bool) -> dict:
     rows on disk."""
     import datasets
 
-    (datasets.enable_progress_bars if progress else datasets.disable_progress_bars)()
+    if progress:
+        datasets.enable_progress_bars()
+    else:
+        datasets.disable_progress_bars()
     where = Path(place.path).expanduser()
     tables = {}
     try:
@@ -928,15 +930,12 @@ def open_sources(names: list[str], source: Source, tokenizer, progress: bool) ->
 
 
 def check_template(template: str, tokenizer) -> None:
-    has = "a"
-    if tokenizer.chat_template is None:
-        has = "no"
-    if template == "base" or (template == "chat" and has == "a"):
-        return
-    raise ValueError(
-        f"template={template!r}, and {tokenizer.name_or_path!r} has {has} chat template: "
-        "use base or chat"
-    )
+    has = "no" if tokenizer.chat_template is None else "a"
+    if (template, has) not in [("base", "a"), ("base", "no"), ("chat", "a")]:
+        raise ValueError(
+            f"template={template!r}, and {tokenizer.name_or_path!r} has {has} chat template: "
+            "use base or chat"
+        )
 
 
 def no_rows(task: str, split: Split) -> ValueError:
@@ -1014,26 +1013,23 @@ def load(
     # processes are enough; forks of threads are trouble
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     weights = mixture(source.task)
-    train, test = {}, {}
     opened = open_sources(list(weights), source, tokenizer, progress)
-    for one in opened:
-        for task in one.tasks:
-            train[task] = one.train.rows(task)
-            held = one.test.rows(task)
-            chosen = random.Random(0).sample(range(len(held)), min(eval_rows, len(held)))
-            test[task] = [held[i] for i in sorted(chosen)]
-    for task in weights:
-        if task not in train:
-            train[task], test[task] = rows_by_rule(task, source, tokenizer, seed, eval_rows)
     reports = []
+    in_files = {}
     for one in opened:
         reports += [one.train.report(), one.test.report()]
-    return Data(
-        train={task: train[task] for task in weights},
-        test={task: test[task] for task in weights},
-        weights={task: Fraction(weights[task] or len(train[task])) for task in weights},
-        report="\n".join(reports),
-    )
+        in_files |= dict.fromkeys(one.tasks, one)
+    train, test = {}, {}
+    for task in weights:
+        if task not in in_files:
+            train[task], test[task] = rows_by_rule(task, source, tokenizer, seed, eval_rows)
+            continue
+        train[task] = in_files[task].train.rows(task)
+        held = in_files[task].test.rows(task)
+        chosen = random.Random(0).sample(range(len(held)), min(eval_rows, len(held)))
+        test[task] = [held[i] for i in sorted(chosen)]
+    shares = {task: Fraction(weights[task] or len(train[task])) for task in weights}
+    return Data(train, test, shares, "\n".join(reports))
 
 
 # -------------------------------------------------------------------------------- the order of rows
