@@ -3,6 +3,7 @@
 Writes made-up rows in the published schema (455 of 482 math, the others code with 60 KB of tests each), trains a
 tokenizer of 30,000 merges on them, and loads them twice in a process of their own. Limits: 180 s, 4 GB, on two cores.
 """
+
 import argparse
 import json
 import os
@@ -34,9 +35,20 @@ MATH = 455 / 482
 MATH_SOURCES = "aops_forum synthetic_math amc_aime synthetic_amc cn_k12 olympiads orca_math gsm8k math metamath".split()
 MATH_SOURCES = [f"numina_{name}" for name in MATH_SOURCES]
 CODE_SOURCES = ["taco", "codecontests", "apps", "codeforces"]
-BAD_ANSWERS = ["", " ", r"\frac{1}{", r"\sqrt{2", "The proof follows from the lemma above by induction on n. " * 20]
+BAD_ANSWERS = [
+    "",
+    " ",
+    r"\frac{1}{",
+    r"\sqrt{2",
+    "The proof follows from the lemma above by induction on n. " * 20,
+]
 WORDS = "yes no Monday blue even odd isosceles parabola Alice increasing north ellipse".split()
-BAD_TESTS = ['{"inputs": [], "outputs": []}', '{"inputs": ["1"], "outputs": []}', "{'inputs': ['1']}", "[]"]
+BAD_TESTS = [
+    '{"inputs": [], "outputs": []}',
+    '{"inputs": ["1"], "outputs": []}',
+    "{'inputs': ['1']}",
+    "[]",
+]
 
 # ------------------------------------------------------------------------------------------------------------- the text
 
@@ -46,7 +58,9 @@ def make_sentences(rng: random.Random, count: int = 20_000) -> list[str]:
     starts = "b br c ch d f g gr h l m n p pr qu r s st t tr v w".split()
     ends = "a e i o u al an en er in or ing".split()
     made = (range(rng.randint(1, 4)) for _ in range(40_000))
-    words = sorted({"".join(rng.choice(starts) + rng.choice(ends) for _ in syllables) for syllables in made})
+    words = sorted(
+        {"".join(rng.choice(starts) + rng.choice(ends) for _ in syllables) for syllables in made}
+    )
     rng.shuffle(words)
     heights = list(accumulate(1 / (n + 3) for n in range(len(words))))
     out = []
@@ -68,13 +82,26 @@ def text(rng: random.Random, sentences: list[str], length: int) -> str:
 def term(rng: random.Random, depth: int) -> str:
     x, n = rng.choice("abcknrtxyz"), rng.randint(2, 99)
     if depth == 0:
-        return rng.choice([x, x, str(n), rf"{n}{x}", r"\pi", rf"{x}^{{{rng.randint(2, 9)}}}", rf"\sqrt{{{n}}}"])
+        return rng.choice(
+            [x, x, str(n), rf"{n}{x}", r"\pi", rf"{x}^{{{rng.randint(2, 9)}}}", rf"\sqrt{{{n}}}"]
+        )
     a = term(rng, depth - 1)
-    return rng.choice([
-        rf"\sqrt{{{a}}}", rf"\frac{{{a}}}{{{term(rng, 0)}}}", rf"{n}\left({a}\right)", rf"\sin\left({a}\right)",
-        rf"\cos({a})", rf"\ln({a})", rf"\left({a}\right)^{{{rng.randint(2, 5)}}}", rf"\frac{{{n}\pi}}{{{n % 7 + 2}}}",
-        rf"\sqrt[3]{{{a}}}", rf"\tan {n}^\circ", rf"2^{{{x}}}", rf"\log_{{{rng.randint(2, 9)}}}({a})",
-    ])  # fmt: skip
+    return rng.choice(
+        [
+            rf"\sqrt{{{a}}}",
+            rf"\frac{{{a}}}{{{term(rng, 0)}}}",
+            rf"{n}\left({a}\right)",
+            rf"\sin\left({a}\right)",
+            rf"\cos({a})",
+            rf"\ln({a})",
+            rf"\left({a}\right)^{{{rng.randint(2, 5)}}}",
+            rf"\frac{{{n}\pi}}{{{n % 7 + 2}}}",
+            rf"\sqrt[3]{{{a}}}",
+            rf"\tan {n}^\circ",
+            rf"2^{{{x}}}",
+            rf"\log_{{{rng.randint(2, 9)}}}({a})",
+        ]
+    )
 
 
 def formula(rng: random.Random) -> str:
@@ -89,7 +116,16 @@ def number(rng: random.Random) -> str:
         return str(a)
     if kind < 0.9:
         return rf"\frac{{{rng.randint(1, 99)}}}{{{b}}}"
-    others = [f"{a / 100}", f"-{a}", f"{a:,}", rf"{a}\%", rf"\${a}", rf"{a}^\circ", rf"{a}\text{{ cm}}", f"{b}/{b + 1}"]
+    others = [
+        f"{a / 100}",
+        f"-{a}",
+        f"{a:,}",
+        rf"{a}\%",
+        rf"\${a}",
+        rf"{a}^\circ",
+        rf"{a}\text{{ cm}}",
+        f"{b}/{b + 1}",
+    ]
     return rng.choice(others)
 
 
@@ -101,8 +137,20 @@ def answer(rng: random.Random) -> str:
         return rng.choice(["A", "B", "C", "D", "E", r"\text{(A)}", r"\textbf{(C)}", "(B)"])
     if kind < 0.75:
         a, b = sorted((rng.randint(-50, 50), rng.randint(51, 999)))
-        return rng.choice([f"({a}, {b})", f"[{a},{b})", rf"({a}, \infty)", rf"\{{{a}, {b}\}}", f"x = {a}", f"{a}, {b}",
-                           f"y = {b}x + {abs(a)}", rf"(-\infty,{a}) \cup ({b},\infty)", f"x > {a}", f"({a}, {b}, 7)"])
+        return rng.choice(
+            [
+                f"({a}, {b})",
+                f"[{a},{b})",
+                rf"({a}, \infty)",
+                rf"\{{{a}, {b}\}}",
+                f"x = {a}",
+                f"{a}, {b}",
+                f"y = {b}x + {abs(a)}",
+                rf"(-\infty,{a}) \cup ({b},\infty)",
+                f"x > {a}",
+                f"({a}, {b}, 7)",
+            ]
+        )
     if kind < 0.95:
         return formula(rng)
     return rf"\text{{{rng.choice(WORDS)}}}" if kind < 0.97 else rng.choice(BAD_ANSWERS)
@@ -113,8 +161,16 @@ def make_fragments(rng: random.Random, count: int = 1_500) -> list[tuple[str, st
     out = []
     for _ in range(count):
         size = min(40_000, max(1, round(rng.lognormvariate(5, 1.8))))
-        lines = "\n".join(" ".join(map(str, (rng.randrange(10**6) for _ in range(8)))) for _ in range(-(-size // 8)))
-        out.append((json.dumps(f"{size}\n{lines}\n"), json.dumps(f"{rng.randrange(10**9)}\n" * rng.randint(1, 5))))
+        lines = "\n".join(
+            " ".join(map(str, (rng.randrange(10**6) for _ in range(8))))
+            for _ in range(-(-size // 8))
+        )
+        out.append(
+            (
+                json.dumps(f"{size}\n{lines}\n"),
+                json.dumps(f"{rng.randrange(10**9)}\n" * rng.randint(1, 5)),
+            )
+        )
     return out
 
 
@@ -136,19 +192,27 @@ def code_tests(rng: random.Random, fragments: list[tuple[str, str]]) -> str:
 # ------------------------------------------------------------------------------------------------------------- the file
 
 
-def chunk(rng: random.Random, first: int, count: int, split: str, sentences: list[str], fragments: list) -> pa.Table:
+def chunk(
+    rng: random.Random, first: int, count: int, split: str, sentences: list[str], fragments: list
+) -> pa.Table:
     users, truths, sources, abilities = [], [], [], []
     for _ in range(count):
         code = rng.random() > MATH if split == "train" else rng.random() < 0.5
         length = rng.lognormvariate(6.5, 0.5) if code else rng.lognormvariate(5.68, 0.6)
-        length = rng.randint(8_000, 16_000) if rng.random() < 0.01 else round(min(2_500, max(60, length)))
+        length = (
+            rng.randint(8_000, 16_000)
+            if rng.random() < 0.01
+            else round(min(2_500, max(60, length)))
+        )
         users.append(text(rng, sentences, length) + (fixtures.FENCE if code else fixtures.BOXED))
         truths.append(code_tests(rng, fragments) if code else answer(rng))
         sources.append(rng.choice(CODE_SOURCES if code else MATH_SOURCES))
         abilities.append("code" if code else "math")
     contents = [part for user in users for part in (SYSTEM, user)]
     fields = list(fixtures.EURUS.field("prompt").type.value_type)
-    messages = pa.StructArray.from_arrays([pa.array(contents), pa.array(["system", "user"] * count)], fields=fields)
+    messages = pa.StructArray.from_arrays(
+        [pa.array(contents), pa.array(["system", "user"] * count)], fields=fields
+    )
     prompts = pa.ListArray.from_arrays(np.arange(0, 2 * count + 1, 2, dtype=np.int32), messages)
     reward = [pa.array(truths), pa.array(["rule"] * count)]
     extra = [pa.array(range(first, first + count)), pa.array(["dummy"] * count)]
@@ -156,7 +220,9 @@ def chunk(rng: random.Random, first: int, count: int, split: str, sentences: lis
         pa.StructArray.from_arrays(parts, fields=list(fixtures.EURUS.field(name).type))
         for parts, name in ((reward, "reward_model"), (extra, "extra_info"))
     ]
-    return pa.Table.from_arrays([pa.array(sources), prompts, pa.array(abilities), *structs], schema=fixtures.EURUS)
+    return pa.Table.from_arrays(
+        [pa.array(sources), prompts, pa.array(abilities), *structs], schema=fixtures.EURUS
+    )
 
 
 def write(path: Path, rows: int, split: str, sentences: list[str], seed: int) -> None:
@@ -164,19 +230,34 @@ def write(path: Path, rows: int, split: str, sentences: list[str], seed: int) ->
     fragments = make_fragments(rng)
     with pq.ParquetWriter(path, fixtures.EURUS) as writer:
         for first in range(0, rows, CHUNK):
-            writer.write_table(chunk(rng, first, min(CHUNK, rows - first), split, sentences, fragments))
+            writer.write_table(
+                chunk(rng, first, min(CHUNK, rows - first), split, sentences, fragments)
+            )
 
 
 def train_tokenizer(path: Path, sentences: list[str], merges: int = 30_000) -> None:
     core = Tokenizer(models.BPE())
-    words = Regex(r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")  # Qwen's
-    parts = [pre_tokenizers.Split(words, "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    words = Regex(
+        r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    )  # Qwen's
+    parts = [
+        pre_tokenizers.Split(words, "isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+    ]
     core.pre_tokenizer, core.decoder = pre_tokenizers.Sequence(parts), decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    options = {"vocab_size": merges + 256, "initial_alphabet": alphabet, "special_tokens": fixtures.SPECIAL}
+    options = {
+        "vocab_size": merges + 256,
+        "initial_alphabet": alphabet,
+        "special_tokens": fixtures.SPECIAL,
+    }
     trainer = trainers.BpeTrainer(min_frequency=0, show_progress=False, **options)
     core.train_from_iterator([*sentences, SYSTEM, fixtures.BOXED, fixtures.FENCE], trainer)
-    options = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "chat_template": fixtures.QWEN}
+    options = {
+        "eos_token": "<|im_end|>",
+        "pad_token": "<|endoftext|>",
+        "chat_template": fixtures.QWEN,
+    }
     PreTrainedTokenizerFast(tokenizer_object=core, **options).save_pretrained(path)
 
 
@@ -205,7 +286,9 @@ def tree(root: int) -> list[int]:
     parents = {}
     for name in filter(str.isdigit, os.listdir("/proc")):
         try:
-            parents[int(name)] = int(Path(f"/proc/{name}/stat").read_text().rpartition(")")[2].split()[1])
+            parents[int(name)] = int(
+                Path(f"/proc/{name}/stat").read_text().rpartition(")")[2].split()[1]
+            )
         except OSError:
             pass  # it has ended
     found = [root]
@@ -228,14 +311,22 @@ def memory(pids: list[int]) -> tuple[float, float]:
 
 
 def measure(what: str, rows: int, folder: Path) -> tuple[float, float]:
-    script = SCRIPT.format(root=str(ROOT), tokenizer=str(folder / "tokenizer"), where=str(folder / "data"))
+    script = SCRIPT.format(
+        root=str(ROOT), tokenizer=str(folder / "tokenizer"), where=str(folder / "data")
+    )
     environment = os.environ | {"HF_DATASETS_CACHE": str(folder / "cache"), "HF_HUB_OFFLINE": "1"}
     began, peak, peak_anonymous, most = time.perf_counter(), 0.0, 0.0, 0
-    process = subprocess.Popen([sys.executable, "-c", script], env=environment, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [sys.executable, "-c", script], env=environment, stderr=subprocess.DEVNULL
+    )
     while process.poll() is None:
         pids = tree(process.pid)
         here, anonymous = memory(pids)
-        peak, peak_anonymous, most = max(peak, here), max(peak_anonymous, anonymous), max(most, len(pids))
+        peak, peak_anonymous, most = (
+            max(peak, here),
+            max(peak_anonymous, anonymous),
+            max(most, len(pids)),
+        )
         time.sleep(0.2)
     seconds = time.perf_counter() - began
     print(
@@ -247,7 +338,9 @@ def measure(what: str, rows: int, folder: Path) -> tuple[float, float]:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rows", type=int, default=480_000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", help="keep the files here; what is there already is used")
@@ -257,9 +350,16 @@ if __name__ == "__main__":
     began, sentences = time.perf_counter(), make_sentences(random.Random(arguments.seed))
     if not (folder / "tokenizer").exists():
         write(folder / "data" / "train.parquet", arguments.rows, "train", sentences, arguments.seed)
-        write(folder / "data" / "validation.parquet", 2_048, "validation", sentences, arguments.seed)
-        sizes = {path.name: f"{path.stat().st_size / 1e6:.0f} MB" for path in (folder / "data").iterdir()}
-        print(f"wrote {arguments.rows:,} rows in {time.perf_counter() - began:.0f} s: {sizes}", flush=True)
+        write(
+            folder / "data" / "validation.parquet", 2_048, "validation", sentences, arguments.seed
+        )
+        sizes = {
+            path.name: f"{path.stat().st_size / 1e6:.0f} MB" for path in (folder / "data").iterdir()
+        }
+        print(
+            f"wrote {arguments.rows:,} rows in {time.perf_counter() - began:.0f} s: {sizes}",
+            flush=True,
+        )
         train_tokenizer(folder / "tokenizer", sentences)
         print(f"with the tokenizer: {time.perf_counter() - began:.0f} s", flush=True)
     shutil.rmtree(folder / "cache", ignore_errors=True)

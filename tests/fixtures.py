@@ -3,6 +3,7 @@
 Rows are plain dicts; text may be given as bytes, which then need not be UTF-8. Every user text starts with a mark,
 "[17]", so that a test can say which rows were kept: see `mark`.
 """
+
 import json
 import re
 from pathlib import Path
@@ -30,7 +31,10 @@ def tokenizer(path: Path, template: str = QWEN, first: int = 0) -> PreTrainedTok
     core.decoder = decoders.ByteLevel()
     core.add_special_tokens(SPECIAL)
     wrapped = PreTrainedTokenizerFast(
-        tokenizer_object=core, eos_token="<|im_end|>", pad_token="<|endoftext|>", chat_template=template
+        tokenizer_object=core,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        chat_template=template,
     )
     wrapped.save_pretrained(path)
     return wrapped
@@ -54,7 +58,12 @@ VERL = pa.schema(  # what veRL's own preprocessing writes: another order of the 
         ("prompt", pa.large_list(pa.struct([("role", TEXT), ("content", pa.large_string())]))),
         ("ability", TEXT),
         ("reward_model", pa.struct([("style", TEXT), ("ground_truth", pa.large_string())])),
-        ("extra_info", pa.struct([("answer", TEXT), ("index", pa.int64()), ("question", TEXT), ("split", TEXT)])),
+        (
+            "extra_info",
+            pa.struct(
+                [("answer", TEXT), ("index", pa.int64()), ("question", TEXT), ("split", TEXT)]
+            ),
+        ),
         ("__index_level_0__", pa.int64()),
     ]
 )
@@ -75,13 +84,17 @@ def binary(kind: pa.DataType) -> pa.DataType:
 def as_text(array: pa.Array, kind: pa.DataType) -> pa.Array:
     """The array of binary(kind) as one of `kind`: nobody checks that the bytes are UTF-8."""
     if pa.types.is_string(kind) or pa.types.is_large_string(kind):
-        return pa.Array.from_buffers(kind, len(array), array.buffers(), array.null_count, array.offset)
+        return pa.Array.from_buffers(
+            kind, len(array), array.buffers(), array.null_count, array.offset
+        )
     if pa.types.is_struct(kind):
         parts = [as_text(array.field(i), field.type) for i, field in enumerate(kind)]
         return pa.StructArray.from_arrays(parts, fields=list(kind), mask=array.is_null())
     if pa.types.is_list(kind) or pa.types.is_large_list(kind):
         make = pa.ListArray if pa.types.is_list(kind) else pa.LargeListArray
-        return make.from_arrays(array.offsets, as_text(array.values, kind.value_type), kind, mask=array.is_null())
+        return make.from_arrays(
+            array.offsets, as_text(array.values, kind.value_type), kind, mask=array.is_null()
+        )
     return array
 
 
@@ -127,7 +140,15 @@ def mark(row: dict) -> int:
     return int(re.search(r"\[(\d+)\]", text)[1])
 
 
-def eurus(n: int, ability: str, truth: object, text: object = None, source: str = "", split: str = "train", **other):
+def eurus(
+    n: int,
+    ability: str,
+    truth: object,
+    text: object = None,
+    source: str = "",
+    split: str = "train",
+    **other,
+):
     """One row of Eurus-2-RL-Data. `text` without the mark and the suffix, or a whole list of messages."""
     suffix = {"math": BOXED, "code": FENCE}.get(ability, "")
     if not isinstance(text, list):
@@ -148,17 +169,34 @@ def tests(inputs: object, outputs: object, **other) -> str:
     return json.dumps({"inputs": inputs, "outputs": outputs, **other})
 
 
-GOOD_ANSWERS = ["4", r"\frac{1}{2}", r"\frac{\sqrt{3}}{2}", "(1, 2]", r"\{1,2\}", r"\text{Monday}", "x=5", "B"]
+GOOD_ANSWERS = [
+    "4",
+    r"\frac{1}{2}",
+    r"\frac{\sqrt{3}}{2}",
+    "(1, 2]",
+    r"\{1,2\}",
+    r"\text{Monday}",
+    "x=5",
+    "B",
+]
 GOOD_TESTS = [
     tests(["1 2\n", "3 4\n"], ["3\n", "7\n"]),
     tests(["5\n"], ["25\n"], fn_name=None),
     tests(["[1, 2]\n3", '["a"]\n0'], ["[4, 5]", '"b"'], fn_name="solve"),
 ]
-UTF8, TYPE, JSON, OBJECT = "UTF-?8|Unicode", "wrong type|neither text|not text", "JSON", "JSON|object"
+UTF8, TYPE, JSON, OBJECT = (
+    "UTF-?8|Unicode",
+    "wrong type|neither text|not text",
+    "JSON",
+    "JSON|object",
+)
 NONE, UNEQUAL, NO_ANSWER, LONG = "no tests", "unequal", "no answer", "over 1,?000 tokens"
 LOST, TASK, LEAK = "cannot (be )?(read|judge)", "not asked for", "also .*(test|held)"
 ANY = "."  # the contract does not say how it is called
-PROSE = "The answer depends on whether the reader takes the word to mean one thing or some other thing. " * 30
+PROSE = (
+    "The answer depends on whether the reader takes the word to mean one thing or some other thing. "
+    * 30
+)
 DEEP = "[" * 100_000 + "]" * 100_000
 
 BAD_MATH = [  # (answer, reason)
@@ -232,7 +270,12 @@ def eurus_folder(path: Path) -> tuple[dict[str, list[int]], list[tuple[int, str]
         add(ability, "4", TASK)
     for spaces in ("  ", "\r\n"):  # the prompt of 903, whitespace aside
         text = held[2]["prompt"][1]["content"].decode().replace(" ", spaces)
-        add("math", "4", LEAK, text=[{"content": SYSTEM, "role": "system"}, {"content": text, "role": "user"}])
+        add(
+            "math",
+            "4",
+            LEAK,
+            text=[{"content": SYSTEM, "role": "system"}, {"content": text, "role": "user"}],
+        )
     for answer in GOOD_TESTS:
         add("code", answer)
     parquet(path / "data" / "train.parquet", rows, row_group_size=7)
@@ -252,20 +295,48 @@ def raw(n: int, answer: str, text: str = "raw") -> bytes:
 
 
 LINES = [  # (line, what it means, or why it is dropped); the first twelve are good
-    (line(1), "4"), (line(2, answer=42), "42"), (line(3, answer=3.5), "3.5"), (line(4, answer=-7), "-7"),
-    (line(5, answer=1e-7), "0.0000001"), (raw(6, "1E2"), "100"), (line(7, notes="x" * 20_000_000), "4"),
-    (line(8, notes=1), "4"), (line(9, notes={"a": [None]}), "4"), (line(10, notes=["b", 2]), "4"),
-    (raw(11, '"4"', "\\ud83d\\ude00"), "4"), (b' \t{"answer":"4","problem":"[12]"} ', "4"),
-    (line(13, "word " * 1_000_000), LONG), (line(14, answer=True), ANY), (line(15, answer=None), NO_ANSWER),
-    (line(16, answer=["4"]), ANY), (line(17, answer={"a": "4"}), ANY), (line(18, answer=""), NO_ANSWER),
-    (raw(19, "NaN"), ANY), (raw(20, "-Infinity"), ANY), (raw(21, "Infinity"), ANY), (raw(22, "7" * 5000), ANY),
-    (raw(23, DEEP), ANY), (raw(24, '"4"', "\\ud800"), f"{UTF8}|{JSON}"), (raw(25, '"\\udc00 4"'), f"{UTF8}|{JSON}"),
-    (raw(26, '"4"').replace(b"raw", b"\xff"), f"{UTF8}|{JSON}"), (b'{"problem": "[27] cut', JSON), (b"[1, 2]", OBJECT),
-    (b'"text"', OBJECT), (b"null", OBJECT), (b"17", OBJECT), (b"{}", ANY), (raw(33, '"4"') * 2, JSON), (b"\x00", JSON),
-    (line(35) | {"problem": 35}, ANY), (line(36) | {"problem": None}, ANY), (line(37) | {"problem": " "}, ANY),
-    ({"problem": "[38] no answer"}, NO_ANSWER), ({"answer": "4"}, ANY), (line(40, answer="\\frac{1}{"), LOST),
+    (line(1), "4"),
+    (line(2, answer=42), "42"),
+    (line(3, answer=3.5), "3.5"),
+    (line(4, answer=-7), "-7"),
+    (line(5, answer=1e-7), "0.0000001"),
+    (raw(6, "1E2"), "100"),
+    (line(7, notes="x" * 20_000_000), "4"),
+    (line(8, notes=1), "4"),
+    (line(9, notes={"a": [None]}), "4"),
+    (line(10, notes=["b", 2]), "4"),
+    (raw(11, '"4"', "\\ud83d\\ude00"), "4"),
+    (b' \t{"answer":"4","problem":"[12]"} ', "4"),
+    (line(13, "word " * 1_000_000), LONG),
+    (line(14, answer=True), ANY),
+    (line(15, answer=None), NO_ANSWER),
+    (line(16, answer=["4"]), ANY),
+    (line(17, answer={"a": "4"}), ANY),
+    (line(18, answer=""), NO_ANSWER),
+    (raw(19, "NaN"), ANY),
+    (raw(20, "-Infinity"), ANY),
+    (raw(21, "Infinity"), ANY),
+    (raw(22, "7" * 5000), ANY),
+    (raw(23, DEEP), ANY),
+    (raw(24, '"4"', "\\ud800"), f"{UTF8}|{JSON}"),
+    (raw(25, '"\\udc00 4"'), f"{UTF8}|{JSON}"),
+    (raw(26, '"4"').replace(b"raw", b"\xff"), f"{UTF8}|{JSON}"),
+    (b'{"problem": "[27] cut', JSON),
+    (b"[1, 2]", OBJECT),
+    (b'"text"', OBJECT),
+    (b"null", OBJECT),
+    (b"17", OBJECT),
+    (b"{}", ANY),
+    (raw(33, '"4"') * 2, JSON),
+    (b"\x00", JSON),
+    (line(35) | {"problem": 35}, ANY),
+    (line(36) | {"problem": None}, ANY),
+    (line(37) | {"problem": " "}, ANY),
+    ({"problem": "[38] no answer"}, NO_ANSWER),
+    ({"answer": "4"}, ANY),
+    (line(40, answer="\\frac{1}{"), LOST),
     (b'{"problem": "[41] a\\\xff", "answer": "4"}', f"{UTF8}|{JSON}"),
-]  # fmt: skip
+]
 
 # -------------------------------------------------------------------------------------------------------- other formats
 
@@ -273,16 +344,55 @@ TALK = [("user", "Hello"), ("assistant", "Hi"), ("user", "2+2?")]
 TALK = [{"role": role, "content": text} for role, text in TALK]
 PAIR = {"inputs": ["1\n"], "outputs": ["2\n"], "fn_name": None}
 CALL = {"inputs": ["1\n2"], "outputs": ["3"], "fn_name": "f"}
-FORMATS = [  # (task, rows, what follows the name of the file, the answers)
-    ("math", [{"question": f"{n}?", "answer": f"He has 3*{n}=<<3*{n}=9>>9.\n#### {n}"} for n in (71, 72)], "",
-     ["71", "72"]),
-    ("math", [{"problem": f"{n}?", "solution": rf"So $\boxed{{\frac{{{n}}}{{2}}}}$, not 3.", "level": "Level 5",
-               "type": "Algebra"} for n in (1, 3)], "", [r"\frac{1}{2}", r"\frac{3}{2}"]),
-    ("math", [{"problem": f"{n}?", "solution": r"$\boxed{9}$", "answer": f"{n}"} for n in (1, 2)], "", ["1", "2"]),
-    ("math", [{"instruction": f"{n}?", "final_answer": f"{n}"} for n in (1, 2)], "", ["1", "2"]),
-    ("math", [{"ask": f"{n}?", "gold": f"{n}", "prompt": "no"} for n in (1, 2)], ":prompt=ask,answer=gold", ["1", "2"]),
-    ("math", [{"prompt": TALK, "ground_truth": "1"}, {"prompt": TALK[:1], "ground_truth": "2"}], "", ["1", "2"]),
-    ("code", [{"question": f"{n}?", **PAIR} for n in (1, 2)], "", [PAIR, PAIR]),
-    ("code", [{"question": f"{n}?", "answer": tests(["1\n"], ["2\n"])} for n in (1, 2)], "", [PAIR, PAIR]),
-    ("code", [{"question": f"{n}?", **CALL} for n in (1, 2)], "", [CALL, CALL]),
-]  # fmt: skip
+FORMATS = [  # (task, rows, flags, the answers)
+    (
+        "math",
+        [
+            {"question": f"{n}?", "answer": f"He has 3*{n}=<<3*{n}=9>>9.\n#### {n}"}
+            for n in (71, 72)
+        ],
+        {},
+        ["71", "72"],
+    ),
+    (
+        "math",
+        [
+            {
+                "problem": f"{n}?",
+                "solution": rf"So $\boxed{{\frac{{{n}}}{{2}}}}$, not 3.",
+                "level": "Level 5",
+                "type": "Algebra",
+            }
+            for n in (1, 3)
+        ],
+        {},
+        [r"\frac{1}{2}", r"\frac{3}{2}"],
+    ),
+    (
+        "math",
+        [{"problem": f"{n}?", "solution": r"$\boxed{9}$", "answer": f"{n}"} for n in (1, 2)],
+        {},
+        ["1", "2"],
+    ),
+    ("math", [{"instruction": f"{n}?", "final_answer": f"{n}"} for n in (1, 2)], {}, ["1", "2"]),
+    (
+        "math",
+        [{"ask": f"{n}?", "gold": f"{n}", "prompt": "no"} for n in (1, 2)],
+        {"prompt_column": ("ask",), "answer_column": ("gold",)},
+        ["1", "2"],
+    ),
+    (
+        "math",
+        [{"prompt": TALK, "ground_truth": "1"}, {"prompt": TALK[:1], "ground_truth": "2"}],
+        {},
+        ["1", "2"],
+    ),
+    ("code", [{"question": f"{n}?", **PAIR} for n in (1, 2)], {}, [PAIR, PAIR]),
+    (
+        "code",
+        [{"question": f"{n}?", "answer": tests(["1\n"], ["2\n"])} for n in (1, 2)],
+        {},
+        [PAIR, PAIR],
+    ),
+    ("code", [{"question": f"{n}?", **CALL} for n in (1, 2)], {}, [CALL, CALL]),
+]

@@ -1,4 +1,5 @@
 """The order of rows and of tasks: data.batch on mixtures."""
+
 import random
 import time
 from collections import Counter
@@ -68,10 +69,15 @@ def test_a_batch_is_a_function_of_the_step():
 
 
 MIXTURES = [
-    {"a": 0.8, "b": 0.2}, {"a": 0.999, "b": 0.001}, {"a": 1, "b": 1, "c": 1}, {"a": 1 / 3, "b": 1 / 3, "c": 1 / 3},
-    {"a": 0.5, "b": 0.3, "c": 0.1, "d": 0.07, "e": 0.03}, {"a": 1e-3, "b": 1e3, "c": 1e3, "d": 1e3, "e": 1e3},
-    {"a": 455, "b": 27}, {"a": 7},
-]  # fmt: skip
+    {"a": 0.8, "b": 0.2},
+    {"a": 0.999, "b": 0.001},
+    {"a": 1, "b": 1, "c": 1},
+    {"a": 1 / 3, "b": 1 / 3, "c": 1 / 3},
+    {"a": 0.5, "b": 0.3, "c": 0.1, "d": 0.07, "e": 0.03},
+    {"a": 1e-3, "b": 1e3, "c": 1e3, "d": 1e3, "e": 1e3},
+    {"a": 455, "b": 27},
+    {"a": 7},
+]
 
 
 @pytest.mark.parametrize("weights", MIXTURES, ids=str)
@@ -85,7 +91,10 @@ def test_shares_are_kept_at_every_prefix(weights, steps, size):
         drawn += size
         assert seen.total() == drawn
         for task, weight in weights.items():
-            assert abs(seen[task] - drawn * weight / total) <= len(weights) + 0.002 * drawn, (task, step)
+            assert abs(seen[task] - drawn * weight / total) <= len(weights) + 0.002 * drawn, (
+                task,
+                step,
+            )
     assert all(abs(seen[task] / drawn - weight / total) < 0.01 for task, weight in weights.items())
 
 

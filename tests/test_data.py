@@ -1,4 +1,5 @@
 """Countdown problems, encoding and the order of rows."""
+
 import functools
 import random
 from fractions import Fraction
@@ -20,7 +21,11 @@ def solve(numbers: list[int], target: int) -> str | None:
             for j, (b, y) in enumerate(items):
                 rest = [item for k, item in enumerate(items) if k not in (i, j)]
                 made = [(a + b, f"({x}+{y})"), (a * b, f"({x}*{y})")] if i < j else []
-                made += [(a - b, f"({x}-{y})")] + ([(a / b, f"({x}/{y})")] if b else []) if i != j else []
+                made += (
+                    [(a - b, f"({x}-{y})")] + ([(a / b, f"({x}/{y})")] if b else [])
+                    if i != j
+                    else []
+                )
                 for new in made:
                     if found := search([*rest, new]):
                         return found
@@ -56,9 +61,14 @@ def test_countdown_rows_are_as_documented(task, split):
         assert len(numbers) in sizes and all(1 <= n <= most for n in numbers)
         assert 1 <= target <= 100 and type(target) is int
     assert {len(row["answer"]["numbers"]) for row in problems} == set(sizes)
-    assert len(problems) == {"train": {"countdown": 20_000, "countdown3": 10_000}[task], "test": 1024}[split]
+    assert (
+        len(problems)
+        == {"train": {"countdown": 20_000, "countdown3": 10_000}[task], "test": 1024}[split]
+    )
     assert len({row["id"] for row in problems}) == len(problems)
-    assert len({(*sorted(row["answer"]["numbers"]), -row["answer"]["target"]) for row in problems}) == len(problems)
+    assert len(
+        {(*sorted(row["answer"]["numbers"]), -row["answer"]["target"]) for row in problems}
+    ) == len(problems)
 
 
 def test_train_and_test_share_no_set_of_numbers():
@@ -82,7 +92,10 @@ def test_templates_say_numbers_and_target():
     for template in ("base", "chat"):
         for row in data.countdown("train", 0, template, train=50):
             text = row["prompt"] if template == "base" else row["prompt"][0]["content"]
-            assert ", ".join(map(str, row["answer"]["numbers"])) in text and str(row["answer"]["target"]) in text
+            assert (
+                ", ".join(map(str, row["answer"]["numbers"])) in text
+                and str(row["answer"]["target"]) in text
+            )
             assert "<answer>" in text and "{" not in text
             assert template == "base" or [m["role"] for m in row["prompt"]] == ["user"]
 
@@ -95,14 +108,18 @@ def test_reasoning_gym_asks_the_same_everywhere(name):
     assert first == again and len(first) > 200
     train = data.gym(name, "train", 0, "chat")
     asked = {row["prompt"][0]["content"] for row in train}
-    assert train == data.gym(name, "train", 0, "chat") and not asked & {row["prompt"][0]["content"] for row in first}
+    assert train == data.gym(name, "train", 0, "chat") and not asked & {
+        row["prompt"][0]["content"] for row in first
+    }
 
 
 def test_load_of_generated_rows(tiny):
     """Guards an evaluation on fewer or other rows than asked for, and rows without ids."""
     tokenizer = AutoTokenizer.from_pretrained(tiny)
     found = data.load(data.Source(task="countdown3", max_prompt_tokens=64), tokenizer, eval_rows=5)
-    assert [row["id"] for row in found.test["countdown3"]] == [row["id"] for row in rows("countdown3", "test")[:5]]
+    assert [row["id"] for row in found.test["countdown3"]] == [
+        row["id"] for row in rows("countdown3", "test")[:5]
+    ]
     assert len(found.train["countdown3"]) == 10_000 and found.report == ""
     for row in found.train["countdown3"][:20]:
         assert tokenizer.decode(row["ids"]) == row["prompt"]
@@ -111,18 +128,28 @@ def test_load_of_generated_rows(tiny):
 def test_encode_applies_the_chat_template_once(tiny):
     """Guards chat prompts without their generation prompt, and special tokens added to a base prompt."""
     tokenizer = AutoTokenizer.from_pretrained(tiny)
-    base, chat = (data.countdown("train", 0, template, train=1)[0]["prompt"] for template in ("base", "chat"))
+    base, chat = (
+        data.countdown("train", 0, template, train=1)[0]["prompt"] for template in ("base", "chat")
+    )
     ids = data.encode([base, chat, base], tokenizer)
     expected = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
     assert [tokenizer.decode(i) for i in ids] == [base, expected, base]
-    assert ids[1] == tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)["input_ids"]
+    assert (
+        ids[1]
+        == tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)[
+            "input_ids"
+        ]
+    )
     assert expected != tokenizer.apply_chat_template(chat, tokenize=False)
 
 
 def test_generated_rows_that_are_too_long_stop_the_run(tiny):
     """Guards prompts that are cut or dropped in silence, and an off-by-one at the limit."""
     tokenizer = AutoTokenizer.from_pretrained(tiny)
-    longest = max(len(ids) for ids in data.encode([r["prompt"] for r in rows("countdown3", "train")], tokenizer))
+    longest = max(
+        len(ids)
+        for ids in data.encode([r["prompt"] for r in rows("countdown3", "train")], tokenizer)
+    )
     data.load(data.Source(task="countdown3", max_prompt_tokens=longest), tokenizer)
     with pytest.raises(ValueError, match=f"countdown-t.*{longest} tokens.*{longest - 1}"):
         data.load(data.Source(task="countdown3", max_prompt_tokens=longest - 1), tokenizer)
@@ -132,7 +159,9 @@ def test_generated_rows_that_are_too_long_stop_the_run(tiny):
 def test_batch_visits_every_row_once_an_epoch(count, size):
     """Guards rows that repeat or are never seen, when the batch does not divide the epoch or is larger too."""
     items = {"one": [{"id": i} for i in range(count)]}
-    stream = [row["id"] for step in range(3 * count) for row in data.batch(items, step, size, seed=1)]
+    stream = [
+        row["id"] for step in range(3 * count) for row in data.batch(items, step, size, seed=1)
+    ]
     epochs = [stream[i : i + count] for i in range(0, 3 * count * size, count)]
     assert all(sorted(epoch) == list(range(count)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) > 1 or count == 1  # epochs have different orders
@@ -145,5 +174,11 @@ def test_batch_is_a_function_of_the_step():
     random.seed(1)
     straight = [data.batch(items, step, 4, seed=5) for step in range(9)]
     random.seed(2)
-    assert [data.batch(items, step, 4, seed=5) for step in (8, 7, 0)] == [straight[8], straight[7], straight[0]]
-    assert [row["id"] for row in items["one"]] == list(range(10))  # the caller's list is not shuffled
+    assert [data.batch(items, step, 4, seed=5) for step in (8, 7, 0)] == [
+        straight[8],
+        straight[7],
+        straight[0],
+    ]
+    assert [row["id"] for row in items["one"]] == list(
+        range(10)
+    )  # the caller's list is not shuffled
