@@ -569,17 +569,17 @@ BUGS = [
     Bug("liger-without-swiglu", "kernels.py", "swiglu=True", "swiglu=False", EXACT),
     Bug(
         "head-counted-on-prompts",
-        "costs.py",
-        "c.vocab_size * c.hidden_size * responses",
-        "c.vocab_size * c.hidden_size * sum(fed)",
+        "infra/flops.py",
+        "config.vocab_size * config.hidden_size * responses",
+        "config.vocab_size * config.hidden_size * sum(fed)",
         KERNELS,
     ),
     Bug("peaks-add-up", "infra/clock.py", 'CLEAR.write_text("5")', "pass", KERNELS),
     Bug(
         "offload-not-planned",
-        "costs.py",
-        "0 if m in offload and bf16 else 1 / n",
-        "1 / n",
+        "tools/plan.py",
+        "if model in self.offload and self.bf16:",
+        "if model in ():",
         ("test_plan.py",),
     ),
     Bug(
@@ -741,9 +741,9 @@ BUGS = [
     ),
     Bug(
         "adam-not-planned",
-        "costs.py",
-        'f"{name} Adam states": 8 *',
-        'f"{name} Adam states": 0 *',
+        "tools/plan.py",
+        'items[f"{name} Adam states"] = 8 *',
+        'items[f"{name} Adam states"] = 0 *',
         ("test_plan.py",),
     ),
     # rewards
