@@ -158,9 +158,9 @@ class Watch(threading.Thread):
             self.store.set(f"rank {RANK}", json.dumps(news))
 
     def look_at_the_clock(self) -> None:
-        since = NOW.since
+        since, limit = NOW.since, NOW.limit
         seconds = time.time() - since
-        if not NOW.limit or seconds < NOW.limit:
+        if not limit or seconds < limit:
             return
         text = f"rank {RANK}: phase {NOW.phase} of step {NOW.step} takes {seconds:.0f} s"
         if self.told != since:
@@ -172,7 +172,7 @@ class Watch(threading.Thread):
             time.sleep(0.1)
             if RANK == 0:
                 print(hide(self.table()), file=sys.stderr, flush=True)
-        if seconds > 2 * NOW.limit:
+        if seconds > 2 * limit:
             advice = "given up. If it needs that, raise --stall_minutes"
             self.leave(f"{text}: {advice}\n{self.table()}")
 
