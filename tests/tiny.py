@@ -17,7 +17,6 @@ one token each (Llama 3 has them up to 999), and their embeddings start as waves
 """
 
 import argparse
-import json
 import math
 import random
 import re
@@ -27,7 +26,7 @@ from functools import cache
 from pathlib import Path
 
 import torch
-from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, pre_tokenizers
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 # our kernels.py has the name of a package that transformers looks for: see ppo.py, which may have been imported before
