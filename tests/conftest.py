@@ -22,6 +22,8 @@ import tiny as tiny_folder  # noqa: E402
 import torch  # noqa: E402
 from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 
+from verify import pool  # noqa: E402
+
 torch.set_num_threads(1)
 hypothesis.settings.register_profile(
     "tests", deadline=None, derandomize=True, database=None, max_examples=100
@@ -62,3 +64,17 @@ def folder(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def tok(folder):
     return AutoTokenizer.from_pretrained(folder)
+
+
+@pytest.fixture
+def workers(monkeypatch):
+    """workers(n): from here on at most n sandboxes of a kind run at the same time."""
+
+    def restart(count: int) -> None:
+        pool.this_pool().close()
+        pool.this_pool.cache_clear()
+        monkeypatch.setattr(pool, "default_workers", lambda: count)
+
+    yield restart
+    pool.this_pool().close()
+    pool.this_pool.cache_clear()
