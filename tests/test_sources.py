@@ -3,7 +3,7 @@
 import json
 import re
 
-import equality
+from verify import equality
 import fixtures
 import pyarrow as pa
 import pyarrow.parquet as pq
