@@ -158,7 +158,8 @@ class Watch(threading.Thread):
             self.store.set(f"rank {RANK}", json.dumps(news))
 
     def look_at_the_clock(self) -> None:
-        since, limit = NOW.since, NOW.limit
+        since = NOW.since
+        limit = NOW.limit
         seconds = time.time() - since
         if not limit or seconds < limit:
             return
