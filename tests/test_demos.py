@@ -10,7 +10,6 @@ import pytest
 from planted import Bug, plant
 
 ROOT = Path(__file__).resolve().parent.parent
-COUNTDOWN = ["rewards.py", "--task", "countdown"]
 
 
 def run(*command, cwd: Path = ROOT) -> subprocess.CompletedProcess:
@@ -47,11 +46,8 @@ def test_wrong_tasks_are_named(flags, says):
     assert said.returncode == 1 and said.stderr.startswith("data.py: ") and says in said.stderr
 
 
-def test_typical_answers_and_a_file_of_them(tmp_path):
-    """Guards `python rewards.py`: verdicts of the table and of a JSONL file, lines that lack something, bad rows."""
-    said = good("rewards.py", "--task", "math")
-    assert re.search(r"^math +ok +1 +'\\\\frac24' ", said, re.MULTILINE), said
-    assert "countdown" not in said and "9 responses" in said and "expected" not in said
+def test_a_file_of_responses(tmp_path):
+    """Guards `python tools/score.py`: verdicts of a JSONL file, lines that lack something, bad rows."""
     sums = {"numbers": [1, 2, 3], "target": 6}
     lines = [
         {"task": "countdown", "answer": sums, "response": "<answer>1+2+3</answer>", "id": "a"},
@@ -60,18 +56,28 @@ def test_typical_answers_and_a_file_of_them(tmp_path):
         {"task": "math", "answer": "0.5", "text": r"\boxed{2}"},
     ]
     fixtures.jsonl(tmp_path / "in.jsonl", lines)
-    said = good("rewards.py", tmp_path / "in.jsonl", "--out", tmp_path / "out.jsonl")
+    said = good("tools/score.py", tmp_path / "in.jsonl", "--out", tmp_path / "out.jsonl")
+    assert re.search(r"^math +ok +1 +'\\\\frac12' +line 2$", said, re.MULTILINE), said
     assert "4 responses" in said and "correct 0.5" in said and "no_answer_frac 0.25" in said
     out = [json.loads(line) for line in open(tmp_path / "out.jsonl")]
     assert [line["verdict"]["status"] for line in out] == ["ok", "ok", "no_answer", "wrong"]
     assert all(line.items() <= judged.items() for line, judged in zip(lines, out))
     sample = {"step": 1, "id": "x", "prompt": "?", "response": r"\boxed{2}", "status": "wrong", "answer": "2"}
     bad = {"task": "countdown", "answer": "22", "response": "<answer>22</answer>"}
-    for line, says in ((sample, 'line 2: there is no "task", no "answer"'), (bad, "line 2: its answer cannot be used")):
+    unknown = lines[0] | {"task": "maths"}
+    for line, says in (
+        (sample, 'line 2: there is no "task", no "answer"'),
+        (bad, "line 2: its answer cannot be used"),
+        (unknown, "bad.jsonl: no reward for task 'maths': add it to REWARDS"),
+    ):
         fixtures.jsonl(tmp_path / "bad.jsonl", [lines[0], line])
-        said = run("rewards.py", tmp_path / "bad.jsonl")
+        said = run("tools/score.py", tmp_path / "bad.jsonl")
         assert said.returncode == 1 and says in said.stderr, said.stderr
-    assert "use countdown, math or code" in run("rewards.py", "--task", "maths").stderr
+    (tmp_path / "bad.jsonl").write_text("\n")
+    assert "line 1: no JSON object" in run("tools/score.py", tmp_path / "bad.jsonl").stderr
+    (tmp_path / "bad.jsonl").write_text("")
+    assert "bad.jsonl has no lines" in run("tools/score.py", tmp_path / "bad.jsonl").stderr
+    assert "tools/score.py" in run("rewards.py").stderr
 
 
 @pytest.mark.parametrize("engine", ["torch", "vllm"])
@@ -94,8 +100,6 @@ def test_the_fast_ways_are_the_plain_ones():
     (Bug("sign", "kernels.py", "return logprob, entropy\n", "return -logprob, entropy\n", ()), ["kernels.py"]),
     (Bug("leak", "kernels.py", "_varlen_cpu(q, k, v, cu_seqlens.tolist(), scale)",
          "_varlen_cpu(q, k, v, [0, len(q)], scale)", ()), ["kernels.py"]),
-    (Bug("expected", "rewards.py", '"wrong 0.1": ["3*7-5"', '"ok 1": ["3*7-5"', ()), COUNTDOWN),
-    (Bug("gold", "rewards.py", "== numbers and result[0] == target", "== numbers", ()), COUNTDOWN),
 ], ids=lambda x: x.name if isinstance(x, Bug) else "")  # fmt: skip
 def test_a_fault_ends_the_program_with_1(tmp_path, bug, command):
     """Guards tables that are printed and compared with nothing."""

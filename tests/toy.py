@@ -24,7 +24,7 @@ def load_toy(split: str, seed: int, template: str) -> list[dict]:
     return [{"task": "toy", "prompt": p, "answer": p[0], "id": f"{i}"} for i, p in enumerate(prompts)]
 
 
-def toy(text: str, row: dict) -> dict:
+def toy(text: str, row: dict, rules=None) -> dict:
     """Half for the right first digit, half for stopping right after it."""
     first = text[:1] == row["answer"]
     right = text == row["answer"]
@@ -42,7 +42,7 @@ def make_model(path: str, layers: int = 2) -> None:
     special = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None}
     shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": layers, "num_attention_heads": 2}
     config = Qwen2Config(vocab_size=11, num_key_value_heads=1, max_position_embeddings=64, initializer_range=0.1,
-                         tie_word_embeddings=True, **shape, **special)  # fmt: skip
+                         tie_word_embeddings=True, **shape, **special)
     Qwen2ForCausalLM(config).save_pretrained(path)
 
 
