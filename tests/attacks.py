@@ -9,7 +9,6 @@ Standard library only, so that any user with any Python 3.11 can run it.
 import json
 import os
 import socket
-import subprocess
 import sys
 import tempfile
 import threading
@@ -438,11 +437,12 @@ def run(off: tuple[str, ...] = (), names: list[str] | None = None, seconds: floa
                 }
                 begun = time.monotonic()
                 try:
-                    result, output = server.run(
+                    _, output = server.run(
                         job | {"output": 1 << 16}, source.encode(), field.given.encode()
                     )
                 except pool.FAILURES as error:
-                    result, output = {"status": f"killed the server ({error!r})"}, b"escaped"
+                    print(f"{name} killed the server ({error!r})", file=sys.stderr)
+                    output = b"escaped"
                     server.kill()
                     server = pool.Server("code", unsafe=True, off=off)
                 if b"escaped" in output and name not in escaped:

@@ -51,7 +51,7 @@ def programs(count: int) -> tuple[list[str], list[dict]]:
 def answers(count: int) -> tuple[list[str], list[dict]]:
     """Integers, decimals, fractions, roots, polynomials, intervals and text, half of them wrong."""
     rng, texts, rows = random.Random(0), [], []
-    for i in range(count):
+    for _ in range(count):
         a, b, wrong = rng.randrange(2, 99), rng.randrange(2, 99), rng.random() < 0.5
         gold, answer = rng.choices(
             [

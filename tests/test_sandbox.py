@@ -298,6 +298,7 @@ def test_hanging_programs_do_not_hold_up_the_others(fast, workers):
     for i in range(0, 60, 10):
         texts[i] = fenced("while True: pass" if i % 20 else "import time\ntime.sleep(99)")
     workers(2)
+    rewards.score([fenced("print(1)")] * 20, [task([("", "1")])] * 20)  # both have their sandbox
     begun, ends = time.monotonic(), {}
     futures = rewards.submit(texts, [task([("1", "1")])] * 60)
     for i, future in enumerate(futures):
