@@ -1143,9 +1143,7 @@ def even_rounds(
     room = [budget] * len(bins)
     load = [0.0] * len(bins)
     slowest = [0.0] * rounds
-    begun = (
-        0  # rounds with a sequence in them; of the empty ones, which are all alike, one is tried
-    )
+    begun = 0  # rounds with a sequence in them; of the empty ones, all alike, one is tried
     for i in longest_first:
         work = cost(lengths[i])
         fits = []
@@ -1240,7 +1238,6 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    del sys.path[
-        0
-    ]  # this folder's kernels.py has the name of a package that transformers looks for
+    # this folder's kernels.py has the name of a package that transformers looks for
+    del sys.path[0]
     main(sys.argv[1:])

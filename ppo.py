@@ -858,13 +858,13 @@ def announce(setup: Setup) -> None:
     named = {"policy": setup.policy.model, "critic": None, "reference": setup.reference}
     if setup.critic:
         named["critic"] = setup.critic.model
-    setup.made["roofline of a rank"] = flops.roofline()[1]
+    setup.made["roofline of a rank"] = flops.roofline().text
     run.say(plan(args, run.ranks, named, setup.made, run.start))
     if args.steps == 0:
-        from tools.plan import plan as memory_plan
+        from tools.plan import plan_of_run
 
         cuda = torch.cuda.is_available()
-        run.say(memory_plan(*setup.configs, asdict(args), run.ranks.world, None, cuda))
+        run.say(plan_of_run(*setup.configs, args, run.ranks.world, None, cuda))
 
 
 def answer(

@@ -1,41 +1,37 @@
 """How good is this text for this row? One function per task, and `score` over a batch.
 
-Owns: finding the answer in a response, judging it, and saying why (`status`): countdown, math, code.
-Refuses to know: tokens, models, torch, where the row came from.
-Left out on purpose: `eval` and every other way to run model text in this process. Rewards are the part of RL that gets
-attacked. What a few lines can decide exactly is decided here; sympy and programs run in sandbox.py, in a process that
-never saw the expected output of a program, that returns bytes, and that is killed when its time is up.
+Owns: finding the answer in a response, judging it, and saying why (`status`): countdown, math,
+code, reasoning-gym.
+Refuses to know: tokens, models, torch, where the row came from, processes.
+Left out on purpose: `eval` and every other way to run model text in this process. Rewards are the
+part of RL that gets attacked. What a few lines can decide exactly is decided here; sympy and
+programs run in verify/sandbox.py, in a process that never saw the expected output of a program,
+that returns bytes, and that is killed when its time is up (verify/pool.py).
 
-The contract with data.py is the row: {"task", "prompt", "answer", "id", ...}. A response is hostile text, a row is
-ours: bad text never raises, and a bad row always does (KeyError, ValueError) instead of scoring 0 for ever.
-A new reward is one function (text, row) -> {"reward", "correct", "status", ...} and one entry in REWARDS.
+The contract with data.py is the row: {"task", "prompt", "answer", "id", ...}. A response is hostile
+text, a row is ours: bad text never raises, and a bad row always does (KeyError, ValueError) instead
+of scoring 0 for ever.
+
+A new reward is one function (text, row, rules) -> {"reward", "correct", "status", ...} and one
+entry in REWARDS, which stands below the four that are here.
 """
+
 import ast
-import atexit
-import itertools
 import json
-import os
-import queue
 import re
-import select
-import signal
-import struct
-import subprocess
 import sys
-import sysconfig
 import textwrap
-import threading
-import time
 from collections import Counter
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import cache
 from math import comb, isfinite
 from operator import add, mul, sub, truediv
-from pathlib import Path
 from statistics import fmean
 from typing import Literal
+
+from verify import pool
 
 STATUSES = ("ok", "wrong", "timeout", "memory", "crash", "output", "no_answer", "infra")
 
@@ -43,18 +39,21 @@ STATUSES = ("ok", "wrong", "timeout", "memory", "crash", "output", "no_answer", 
 @dataclass
 class Rules:
     """what counts as an answer, and what a program may cost"""
-    code_reward: Literal["all", "fraction"] = "all"  # all: 1 when every test passes; fraction: the part that passes
-    answers: Literal["strict", "tagged", "any"] = "strict"  # math: <answer> too, then any last number; code: no fence
-    unsafe_code: bool = False  # run model-written programs although the kernel offers too few walls (sandbox.py)
 
-
-class Infra(Exception):
-    """Our machine failed, not the model: the sample is left out of the loss and counted."""
+    # all: 1 when every test passes; fraction: the part that passes
+    code_reward: Literal["all", "fraction"] = "all"
+    # math: <answer> too, then any last number; code: no fence
+    answers: Literal["strict", "tagged", "any"] = "strict"
+    # run model-written programs although the kernel offers too few walls (verify/sandbox.py)
+    unsafe_code: bool = False
 
 
 def verdict(status: str, reward: float | None = None) -> dict:
+    """A result; without a reward it is 1 for "ok" and 0 for all else."""
     correct = float(status == "ok")
-    return {"reward": correct if reward is None else reward, "correct": correct, "status": status}
+    if reward is None:
+        reward = correct
+    return {"reward": reward, "correct": correct, "status": status}
 
 
 def answered(text: str) -> str:
@@ -62,29 +61,34 @@ def answered(text: str) -> str:
     return text.rpartition("</think>")[2]
 
 
-# ---------------------------------------------------------------------------------------------------------- countdown
+# --------------------------------------------------------------------------------------- countdown
 
-MAX_EXPRESSION = 200  # characters; six numbers and a lot of parentheses fit in 60. Bounds the parser's time and depth.
+# Characters; six numbers and a lot of parentheses fit in 60. Bounds the parser's time and depth.
+MAX_EXPRESSION = 200
 OPERATORS = {ast.Add: add, ast.Sub: sub, ast.Mult: mul, ast.Div: truediv}  # of Fractions: exact
 
 
 def last_answer(text: str) -> str | None:
-    """What is between the last </answer> and the <answer> before it, newlines allowed; None without. Linear time."""
+    """What is between the last </answer> and the <answer> before it, newlines allowed; None
+    without. Linear time."""
     end = text.rfind("</answer>")
     start = text.rfind("<answer>", 0, max(end, 0))
-    return None if start < 0 else text[start + len("<answer>") : end]
+    if start < 0:
+        return None
+    return text[start + len("<answer>") : end]
 
 
 def evaluate(expression: str) -> tuple[Fraction | None, list[int]] | None:
-    """(value, integers used) of an expression over + - * / and parentheses, exactly; None when it is anything else.
-    The value is None when it divides by zero. Only binary operators and plain integers pass, so `**`, `//`, `1.5`,
-    a leading minus, names, calls and attributes are all "anything else". The length allows about 100 digits in all."""
+    """(value, integers used) of an expression over + - * / and parentheses, exactly; None when it
+    is anything else. The value is None when it divides by zero. Only binary operators and plain
+    integers pass, so `**`, `//`, `1.5`, a leading minus, names, calls and attributes are all
+    "anything else". The length allows about 100 digits in all."""
     if len(expression) > MAX_EXPRESSION or set(expression) - set("0123456789+-*/() \t\r\n"):
         return None
-    try:
-        tree = ast.parse(" ".join(expression.split()), mode="eval").body  # newlines allowed, "1 5" is not 15
-    except (SyntaxError, ValueError, RecursionError, MemoryError):  # the last two: how the parser says "too deep"
-        return None
+    try:  # newlines are allowed, and "1 5" is not 15
+        tree = ast.parse(" ".join(expression.split()), mode="eval").body
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return None  # the last two are how the parser says "too deep"
     used: list[int] = []
 
     def value(node: ast.expr) -> Fraction | None:
@@ -92,8 +96,11 @@ def evaluate(expression: str) -> tuple[Fraction | None, list[int]] | None:
             used.append(node.value)
             return Fraction(node.value)
         if isinstance(node, ast.BinOp) and type(node.op) in OPERATORS:
-            left, right = value(node.left), value(node.right)
-            if left is None or right is None or (isinstance(node.op, ast.Div) and right == 0):
+            left = value(node.left)
+            right = value(node.right)
+            if left is None or right is None:
+                return None
+            if isinstance(node.op, ast.Div) and right == 0:
                 return None
             return OPERATORS[type(node.op)](left, right)
         raise SyntaxError("not arithmetic over integers")
@@ -104,18 +111,26 @@ def evaluate(expression: str) -> tuple[Fraction | None, list[int]] | None:
         return None
 
 
-def countdown(text: str, row: dict) -> dict:
-    """1.0 when the last answer uses every given number exactly once and reaches the target; 0.1 when it is at least
-    an arithmetic expression; else 0. The 0.1 teaches the format, and is small because it can be had for nothing."""
-    numbers, target = sorted(row["answer"]["numbers"]), row["answer"]["target"]
+def countdown(text: str, row: dict, rules: Rules) -> dict:
+    """1.0 when the last answer uses every given number exactly once and reaches the target; 0.1
+    when it is at least an arithmetic expression; else 0. The 0.1 teaches the format, and is small
+    because it can be had for nothing."""
+    numbers = sorted(row["answer"]["numbers"])
+    target = row["answer"]["target"]
     answer = last_answer(text)
-    if answer is None or (result := evaluate(answer)) is None:
-        return verdict("no_answer" if answer is None else "wrong") | {"format": 0.0}
-    right = sorted(result[1]) == numbers and result[0] == target
-    return verdict("ok" if right else "wrong", 1.0 if right else 0.1) | {"format": 1.0, "answer": answer.strip()}
+    if answer is None:
+        return verdict("no_answer") | {"format": 0.0}
+    result = evaluate(answer)
+    if result is None:
+        return verdict("wrong") | {"format": 0.0}
+    value, used = result
+    said = {"format": 1.0, "answer": answer.strip()}
+    if sorted(used) == numbers and value == target:
+        return verdict("ok") | said
+    return verdict("wrong", 0.1) | said
 
 
-# --------------------------------------------------------------------------------------------------------------- math
+# -------------------------------------------------------------------------------------------- math
 
 MATH_SECONDS = 2.0  # CPU time of one comparison
 MAX_ANSWER = 4000  # characters that anything but == may see
@@ -123,120 +138,190 @@ NUMBER = r"-?\d[\d,]*(?:\.\d+|/\d+)?"
 
 
 def last_box(text: str) -> tuple[str, str] | None:
-    """What stands in the last complete \\boxed{} or \\fbox{}, and what follows it. Linear, whatever the braces do."""
-    stack, found = [], None
+    """What stands in the last complete \\boxed{} or \\fbox{}, and what follows it. Linear, whatever
+    the braces do."""
+    opened: list[int | None] = []  # where the content of a box begins; None: another brace
+    begin = end = None
     for token in re.finditer(r"\\(?:boxed|fbox)\s*\{|\\.|[{}]", text):
-        if token[0] == "}":
-            start = stack.pop() if stack else None
-            found = found if start is None else (start, token.start())
-        elif token[0] == "{" or len(token[0]) > 2:
-            stack.append(None if token[0] == "{" else token.end())
-    return found and (text[found[0] : found[1]], text[found[1] + 1 :])
+        if token[0] == "{":
+            opened.append(None)
+        elif token[0] == "}" and opened:
+            start = opened.pop()
+            if start is not None:
+                begin = start
+                end = token.start()
+        elif len(token[0]) > 2:  # a box, not an escaped brace
+            opened.append(token.end())
+    if begin is None:
+        return None
+    return text[begin:end], text[end + 1 :]
 
 
-def math(text: str, row: dict) -> dict:
-    """1 when the last \\boxed{} after the reasoning means the same as the row's LaTeX answer (equality.py)."""
-    gold, text, rules = str(row["answer"]), answered(text), CURRENT.rules
+def find_math_answer(text: str, rules: Rules) -> tuple[str, str] | None:
+    """The answer, and what follows it, that the rules allow to be found in a response without its
+    reasoning: the last box, else the last <answer>, else the last number."""
     box = last_box(text)
-    if box is None and rules.answers != "strict" and (tagged := last_answer(text)) is not None:
-        box = tagged, text.rpartition("</answer>")[2]
-    if box is None and rules.answers == "any" and (numbers := re.findall(NUMBER, text[-MAX_ANSWER:])):
-        box = numbers[-1], ""
-    if box is None or not box[0].strip():
+    if box is not None or rules.answers == "strict":
+        return box
+    tagged = last_answer(text)
+    if tagged is not None:
+        return tagged, text.rpartition("</answer>")[2]
+    if rules.answers == "any":
+        numbers = re.findall(NUMBER, text[-MAX_ANSWER:])
+        if numbers:
+            return numbers[-1], ""
+    return None
+
+
+def math(text: str, row: dict, rules: Rules) -> dict:
+    """1 when the last \\boxed{} after the reasoning means the same as the row's LaTeX answer
+    (verify/equality.py)."""
+    gold = str(row["answer"])
+    found = find_math_answer(answered(text), rules)
+    if found is None:
         return verdict("no_answer")
-    said = {"answer": box[0].strip()}
-    if len(box[0]) > MAX_ANSWER:
-        return verdict("ok" if box[0].strip() == gold.strip() else "wrong") | said
-    arguments = [gold, box[0], box[1][:1000]]
-    result, output = run_sandboxed("math", b"from equality import judge", arguments, "judge", MATH_SECONDS)
-    status = result["status"] if result["status"] in ("timeout", "memory") else "wrong"
-    return verdict("ok" if output == b"true" else status) | said
+    answer, tail = found
+    if not answer.strip():
+        return verdict("no_answer")
+    said = {"answer": answer.strip()}
+    if len(answer) > MAX_ANSWER:
+        same = answer.strip() == gold.strip()
+        return verdict("ok" if same else "wrong") | said
+    arguments = [gold, answer, tail[:1000]]
+    program = b"from equality import judge"
+    outcome = pool.run_sandboxed("math", program, arguments, "judge", MATH_SECONDS)
+    if outcome.output == b"true":
+        return verdict("ok") | said
+    if outcome.status in ("timeout", "memory"):
+        return verdict(outcome.status) | said
+    return verdict("wrong") | said
 
 
 def readable(answers: list[str], progress: bool = False, size: int = 64) -> list[bool]:
-    """Which LaTeX answers of a dataset could `math` judge by their meaning? `size` of them share a process; where it
-    dies, each half gets one of its own."""
-    chunks = [answers[i : i + size] for i in range(0, len(answers), size)]
+    """Which LaTeX answers of a dataset could `math` judge by their meaning? `size` of them share a
+    process; where it dies, each half gets one of its own."""
 
     def ask(chunk: list[str]) -> list[bool]:
-        seconds, half = MATH_SECONDS + 0.02 * len(chunk), len(chunk) // 2
-        result, output = run_sandboxed("math", b"from equality import readables", [chunk], "readables", seconds)
-        if result["status"] == "ok":
-            return json.loads(output)
-        return ask(chunk[:half]) + ask(chunk[half:]) if half else [False]
+        seconds = MATH_SECONDS + 0.02 * len(chunk)
+        program = b"from equality import readables"
+        outcome = pool.run_sandboxed("math", program, [chunk], "readables", seconds)
+        if outcome.status == "ok":
+            return json.loads(outcome.output)
+        if len(chunk) == 1:
+            return [False]
+        half = len(chunk) // 2
+        return ask(chunk[:half]) + ask(chunk[half:])
 
     from tqdm import tqdm  # comes with datasets; programs are judged without
-    with ThreadPoolExecutor(2 * default_workers()) as threads:
-        found = tqdm(threads.map(ask, chunks), "checking answers", len(chunks), disable=not progress)
-        return [verdict for chunk in found for verdict in chunk]
+
+    chunks = [answers[i : i + size] for i in range(0, len(answers), size)]
+    found = []
+    with ThreadPoolExecutor(2 * pool.default_workers()) as threads:
+        asked = threads.map(ask, chunks)
+        for part in tqdm(asked, "checking answers", len(chunks), disable=not progress):
+            found += part
+    return found
 
 
-# --------------------------------------------------------------------------------------------------------------- code
+# -------------------------------------------------------------------------------------------- code
 
-PYTHON = {"", "python", "python3", "py", "py3", "python2", "cpython", "pypy", "pypy3", "ipython", "sage", "code"}
-TEST_SECONDS = 4.0  # CPU time of a program on one test; by the clock twice that and one second more
+# The names of a fenced block that can be Python
+PYTHON = set("python python3 py py3 python2 cpython pypy pypy3 ipython sage code".split()) | {""}
+TEST_SECONDS = 4.0  # CPU time of a program on one test; by the clock twice that and a second more
 MAX_TESTS_TIME = 10  # times TEST_SECONDS: what all tests of a program may take together
-FLOAT_TOLERANCE = 1e-6  # relative, absolute below 1; only where the expected output is written as a decimal
+FLOAT_TOLERANCE = 1e-6  # relative, absolute below 1; only where a decimal is expected
 
 
 def last_block(text: str) -> str | None:
-    """The last fenced block that can be Python (by its name, or without one), also when the fence is not closed."""
-    block: list[str] | None = None
-    fence, found = "", None
+    """The last fenced block that can be Python (by its name, or without one), also when the fence
+    is not closed."""
+    found = None
+    block: list[str] | None = None  # the lines of the block that is open
+    fence = name = ""
     for line in text.split("\n"):
         mark = line.strip()
         if block is None:
             opening = re.match(r"(`{3,}|~{3,})[ \t]*\{?\.?([\w+#-]*)", mark)
             if opening and "`" not in mark[opening.end() :]:
-                fence, name, block = opening[1], opening[2].lower(), []
+                fence = opening[1]
+                name = opening[2].lower()
+                block = []
         elif mark.endswith(fence):
-            block += filter(str.strip, [line[: line.rindex(fence)]])
-            found, block = block if name in PYTHON else found, None
+            rest = line[: line.rindex(fence)]
+            if rest.strip():
+                block.append(rest)
+            if name in PYTHON:
+                found = block
+            block = None
         else:
             block.append(line)
-    found = block if block is not None and name in PYTHON else found
-    return None if found is None else textwrap.dedent("\n".join(found))
+    if block is not None and name in PYTHON:
+        found = block
+    if found is None:
+        return None
+    return textwrap.dedent("\n".join(found))
+
+
+def close(given: float, wanted: float) -> bool:
+    return abs(given - wanted) <= FLOAT_TOLERANCE * max(1.0, abs(wanted))
 
 
 def same_token(given: str, wanted: str) -> bool:
     if given == wanted:
         return True
+    if not (given + wanted).isascii() or "_" in given:
+        return False
     try:
-        g, w = float(given), float(wanted)
+        g = float(given)
+        w = float(wanted)
     except ValueError:
         return False
-    if not (given + wanted).isascii() or "_" in given or not (isfinite(g) and isfinite(w)):
+    if not (isfinite(g) and isfinite(w)):
         return False
     if re.search("[.eE]", wanted):
-        return abs(g - w) <= FLOAT_TOLERANCE * max(1.0, abs(w))
-    return g == w and max(len(given), len(wanted)) < 17  # integers: exactly, and floats are exact so far
+        return close(g, w)
+    # integers: exactly, and floats are exact so far
+    return g == w and max(len(given), len(wanted)) < 17
+
+
+def token_lines(text: str) -> list[list[str]]:
+    """Line by line, without empty ones."""
+    lines = [line.split() for line in text.split("\n")]
+    return [line for line in lines if line]
 
 
 def same_output(given: bytes, wanted: str) -> bool:
     """Line by line, token by token; empty lines and spaces do not matter."""
-    lines = [[line.split() for line in text.split("\n")] for text in (given.decode("utf-8", "replace"), wanted)]
-    g, w = ([line for line in side if line] for side in lines)
-    return len(g) == len(w) and all(len(x) == len(y) and all(map(same_token, x, y)) for x, y in zip(g, w))
+    given_lines = token_lines(given.decode("utf-8", "replace"))
+    wanted_lines = token_lines(wanted)
+    if [len(line) for line in given_lines] != [len(line) for line in wanted_lines]:
+        return False
+    lines = zip(given_lines, wanted_lines)
+    return all(all(map(same_token, given, wanted)) for given, wanted in lines)
 
 
 def same_value(given: object, wanted: object) -> bool:
     """Of JSON: 1 is 1.0 but not true, floats within the tolerance, no NaN."""
     if isinstance(given, bool) or isinstance(wanted, bool):
         return given is wanted
-    if float in (kinds := {type(given), type(wanted)}):
+    if isinstance(given, float) or isinstance(wanted, float):
+        if not (isinstance(given, int | float) and isinstance(wanted, int | float)):
+            return False
         try:
-            finite = kinds <= {int, float} and isfinite(given) and isfinite(wanted)
-            return finite and abs(given - wanted) <= FLOAT_TOLERANCE * max(1.0, abs(wanted))
+            return isfinite(given) and isfinite(wanted) and close(given, wanted)
         except OverflowError:  # an integer that no float can hold
             return False
     if isinstance(given, list) and isinstance(wanted, list):
         return len(given) == len(wanted) and all(map(same_value, given, wanted))
     if isinstance(given, dict) and isinstance(wanted, dict):
-        return given.keys() == wanted.keys() and all(same_value(given[key], wanted[key]) for key in wanted)
+        if given.keys() != wanted.keys():
+            return False
+        return all(same_value(given[key], wanted[key]) for key in wanted)
     return type(given) is type(wanted) and given == wanted
 
 
 def from_json(text: str) -> object:
+    """Integers of 4000 digits and more stay text: to read them takes quadratic time."""
     return json.loads(text, parse_int=lambda digits: int(digits) if len(digits) < 4000 else digits)
 
 
@@ -247,354 +332,307 @@ def same_result(given: bytes, wanted: object) -> bool:
         return False
 
 
+def as_text(lines: object) -> str:
+    """Input or output of a program, which some datasets keep as a list of lines."""
+    if isinstance(lines, list):
+        return "\n".join(lines)
+    return str(lines)
+
+
+def as_arguments(given: object) -> object:
+    """The arguments of a call, which some datasets keep as JSON, one a line."""
+    if isinstance(given, str):
+        return [from_json(line) for line in given.split("\n") if line.strip()]
+    return given
+
+
+def as_value(wanted: object) -> object:
+    if isinstance(wanted, str):
+        return from_json(wanted)
+    return wanted
+
+
 def unit_tests(row: dict) -> list[tuple[object, object]]:
-    """(input, expected output) of each test: texts, or for a function its list of arguments and its result."""
+    """(input, expected output) of each test: texts, or for a function its list of arguments and its
+    result."""
     answer = row["answer"]
-    inputs, outputs = answer["inputs"], answer["outputs"]
+    inputs = answer["inputs"]
+    outputs = answer["outputs"]
     if not inputs or len(inputs) != len(outputs):
-        raise ValueError(f"row {row.get('id')!r}: {len(inputs)} inputs, {len(outputs)} outputs: give as many, and some")
-    if not answer.get("fn_name"):
-        return [["\n".join(x) if isinstance(x, list) else str(x) for x in test] for test in zip(inputs, outputs)]
-    arguments = [[from_json(x) for x in i.split("\n") if x.strip()] if isinstance(i, str) else i for i in inputs]
-    return list(zip(arguments, [from_json(o) if isinstance(o, str) else o for o in outputs]))
+        raise ValueError(
+            f"row {row.get('id')!r}: {len(inputs)} inputs, {len(outputs)} outputs: "
+            "give as many, and some"
+        )
+    if answer.get("fn_name"):
+        return list(zip(map(as_arguments, inputs), map(as_value, outputs)))
+    return list(zip(map(as_text, inputs), map(as_text, outputs)))
 
 
-def code(text: str, row: dict) -> dict:
-    """1 when the last fenced block passes all tests of the row, or with --code_reward fraction the part that passes."""
-    tests, name, text, rules = unit_tests(row), row["answer"].get("fn_name"), answered(text), CURRENT.rules
-    block = last_block(text)
-    program = text if block is None and rules.answers == "any" else block or ""
-    if not program.strip():
+def run_test(
+    program: bytes, name: str | None, test: tuple[object, object], unsafe: bool
+) -> tuple[str, float]:
+    """(status, CPU seconds) of a program, or of its function `name`, on one test."""
+    given, wanted = test
+    expected = wanted
+    if not isinstance(expected, str):
+        expected = json.dumps(wanted)
+    size = 2 * len(expected) + (1 << 16)
+    outcome = pool.run_sandboxed("code", program, given, name, TEST_SECONDS, size, unsafe)
+    if outcome.status == "timeout":  # of the clock, perhaps: a program that sleeps pays too
+        return "timeout", max(outcome.cpu, TEST_SECONDS)
+    if outcome.status != "ok":
+        return outcome.status, outcome.cpu
+    if name:
+        right = same_result(outcome.output, wanted)
+    else:
+        right = same_output(outcome.output, wanted)
+    return "ok" if right else "wrong", outcome.cpu
+
+
+def code(text: str, row: dict, rules: Rules) -> dict:
+    """1 when the last fenced block passes all tests of the row, or with --code_reward fraction the
+    part that passes. The status is that of the first test that fails."""
+    tests = unit_tests(row)
+    name = row["answer"].get("fn_name")
+    text = answered(text)
+    program = last_block(text)
+    if program is None and rules.answers == "any":
+        program = text
+    if program is None or not program.strip():
         return verdict("no_answer")
-    passed, status, spent, source = 0, "ok", 0.0, program.encode("utf-8", "surrogatepass")
-    for given, wanted in tests:
-        size = 2 * len(wanted if isinstance(wanted, str) else json.dumps(wanted)) + (1 << 16)
-        result, output = run_sandboxed("code", source, given, name, TEST_SECONDS, size)
-        outcome = result["status"]
-        spent += max(result["cpu"], TEST_SECONDS * (outcome == "timeout"))
+    source = program.encode("utf-8", "surrogatepass")
+    status = "ok"
+    passed = 0
+    spent = 0.0
+    for test in tests:
+        outcome, seconds = run_test(source, name, test, rules.unsafe_code)
+        spent += seconds
         late = spent > MAX_TESTS_TIME * TEST_SECONDS
+        if outcome == "ok" and late:
+            outcome = "timeout"
         if outcome == "ok":
-            right = (same_result if name else same_output)(output, wanted)
-            outcome = "wrong" if not right else "timeout" if late else "ok"
-        passed += outcome == "ok"
-        status = outcome if status == "ok" else status
-        if status != "ok" and (rules.code_reward == "all" or late):
+            passed += 1
+        elif status == "ok":
+            status = outcome
+        if late or (status != "ok" and rules.code_reward == "all"):
             break
-    return verdict(status, passed / len(tests) if rules.code_reward == "fraction" else None)
+    if rules.code_reward == "fraction":
+        return verdict(status, passed / len(tests))
+    return verdict(status)
 
 
-# ------------------------------------------------------------------------------------------------------ reasoning-gym
+# ----------------------------------------------------------------------------------- reasoning-gym
 
 GYM_SECONDS = 4.0  # CPU time of scoring one answer
 GYM = b"""import base64, pickle, reasoning_gym
 def judge(name, entry, answer):
     problem = pickle.loads(base64.b64decode(entry))
-    return float(reasoning_gym.create_dataset(name, seed=0, size=1).score_answer(answer, problem))"""
+    task = reasoning_gym.create_dataset(name, seed=0, size=1)
+    return float(task.score_answer(answer, problem))"""
 
 
-def gym(text: str, row: dict) -> dict:
-    """The score, 0 to 1, that the task's own scorer gives to the last <answer>. row["answer"]: {"name", "entry"}, the
-    problem as reasoning-gym made it, pickled, since what scorers need of it cannot always be written as JSON."""
-    if (answer := last_answer(answered(text))) is None:
+def gym(text: str, row: dict, rules: Rules) -> dict:
+    """The score, 0 to 1, that the task's own scorer gives to the last <answer>. row["answer"]:
+    {"name", "entry"}, the problem as reasoning-gym made it, pickled, since what scorers need of it
+    cannot always be written as JSON."""
+    answer = last_answer(answered(text))
+    if answer is None:
         return verdict("no_answer")
+    said = {"answer": answer.strip()}
     arguments = [row["answer"]["name"], row["answer"]["entry"], answer.strip()[:MAX_ANSWER]]
-    result, output = run_sandboxed("rg", GYM, arguments, "judge", GYM_SECONDS)
-    score = min(1.0, max(0.0, float(output))) if result["status"] == "ok" else 0.0
-    status = "wrong" if result["status"] == "ok" and score < 1 else result["status"]
-    return verdict(status, score) | {"answer": answer.strip()}
+    outcome = pool.run_sandboxed("rg", GYM, arguments, "judge", GYM_SECONDS)
+    if outcome.status != "ok":
+        return verdict(outcome.status) | said
+    points = min(1.0, max(0.0, float(outcome.output)))
+    if points < 1:
+        return verdict("wrong", points) | said
+    return verdict("ok") | said
 
 
-# ----------------------------------------------------------------------------------------- processes that may be killed
+# ------------------------------------------------------------------------------------- the rewards
 
-WARM_UP = {"math": ("equality", "import equality; equality.warm_up()"), "rg": ("reasoning_gym", "")}  # module, program
-SLICE = {"code": 0.02, "math": 0.3, "rg": 0.3}  # seconds; what takes longer starts again, with all its time, last
-MEMORY = 1 << 30  # bytes of address space
-FAILURES = (OSError, EOFError, TimeoutError, ValueError, struct.error)  # of a server that was killed or has gone mad
-THREADS = 128  # responses under way at the same time; most of them wait for a process
-
-
-class Server:
-    """One sandbox.py: jobs in, bytes out, killed with everything it started when it does not answer."""
-
-    def __init__(self, kind: str, unsafe: bool = False, off: tuple[str, ...] = ()) -> None:
-        here = Path(__file__).resolve()
-        command = [sys.executable, "-I", "-S", str(here.with_name("sandbox.py"))]
-        config = {"path": [], "preload": [], "warm_up": "", "off": list(off)}
-        if kind in WARM_UP:
-            paths = dict.fromkeys([sysconfig.get_path("purelib"), sysconfig.get_path("platlib"), str(here.parent)])
-            config |= {"path": list(paths), "preload": [WARM_UP[kind][0]], "warm_up": WARM_UP[kind][1]}
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "bufsize": 0}
-        self.process = subprocess.Popen(command, env={}, cwd="/", start_new_session=True, **pipes)
-        try:
-            os.set_blocking(self.process.stdin.fileno(), False)
-            self.send(time.monotonic() + 60, config)
-            self.walls = self.receive(time.monotonic() + 60)[0]
-            layers, missing = set(self.walls["layers"]), self.walls["missing"]
-            if absent := [why for name, why in missing.items() if name in config["preload"]]:
-                raise RuntimeError(f"{kind} rewards: {absent[0]}: pip install it, or -r requirements.txt")
-            if kind == "code" and not unsafe and not ("seccomp" in layers and layers & {"landlock", "namespaces"}):
-                what = f"code rewards: this kernel gives only {sorted(layers)} ({missing}), and model-written programs"
-                fix = "use another machine, or --unsafe_code"
-                raise RuntimeError(f"{what} need seccomp and one of landlock, namespaces: {fix}")
-        except BaseException:
-            self.kill()
-            raise
-
-    def kill(self) -> None:
-        if self.process.poll() is None:
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
-        self.process.stdin.close()
-        self.process.stdout.close()
-
-    def wait(self, pipe: int, event: int, deadline: float) -> None:
-        poll = select.poll()  # select() knows no descriptor above 1023
-        poll.register(pipe, event)
-        if not poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
-            raise TimeoutError("the sandbox does not answer")
-
-    def send(self, deadline: float, header: dict, *bodies: bytes) -> None:
-        text, pipe = json.dumps(header).encode(), self.process.stdin.fileno()
-        data = memoryview(struct.pack(">I", len(text)) + text + b"".join(bodies))
-        while data:
-            self.wait(pipe, select.POLLOUT, deadline)
-            data = data[os.write(pipe, data) :]
-
-    def read(self, count: int, deadline: float) -> bytes:
-        data, pipe = bytearray(), self.process.stdout.fileno()
-        while len(data) < count:
-            self.wait(pipe, select.POLLIN, deadline)
-            if not (more := os.read(pipe, count - len(data))):
-                raise EOFError("the sandbox is gone")
-            data += more
-        return bytes(data)
-
-    def receive(self, deadline: float) -> tuple[dict, bytes]:
-        (size,) = struct.unpack(">I", self.read(4, deadline))
-        header = json.loads(self.read(size, deadline))
-        return header, self.read(header.get("output", 0), deadline)
-
-    def run(self, job: dict, program: bytes, given: bytes) -> tuple[dict, bytes]:
-        deadline = time.monotonic() + job["wall"] + 10
-        self.send(deadline, job | {"program": len(program), "input": len(given)}, program, given)
-        return self.receive(deadline)
+REWARDS: dict[str, Callable[[str, dict, Rules], dict]] = {  # of each task, up to a colon
+    "countdown": countdown,
+    "math": math,
+    "code": code,
+    "rg": gym,
+}
 
 
-class Pool:
-    """`workers` threads, each with its own servers, take jobs in order of (tried before, arrival); one thread for each
-    response under way waits for its jobs."""
+# ----------------------------------------------------------------------------------------- batches
 
-    def __init__(self, workers: int) -> None:
-        self.closed, self.process, self.arrivals = False, os.getpid(), itertools.count()
-        self.jobs: queue.PriorityQueue = queue.PriorityQueue()
-        self.responses: queue.SimpleQueue = queue.SimpleQueue()
-        self.servers: dict[tuple, Server] = {}
-        for number in range(workers):
-            threading.Thread(target=self.work, args=(number,), daemon=True).start()
-        for _ in range(THREADS):
-            threading.Thread(target=self.respond, daemon=True).start()
-        atexit.register(self.close)
-
-    def work(self, number: int) -> None:
-        while True:
-            _, _, kind, unsafe, job, program, given, future = self.jobs.get()
-            name = (number, kind, unsafe)
-            for attempt in range(5):
-                try:
-                    if name not in self.servers:
-                        self.servers[name] = Server(kind, unsafe)
-                    future.set_result((*self.servers[name].run(job, program, given), self.servers[name].walls))
-                    break
-                except FAILURES as error:
-                    if name in self.servers:
-                        self.servers.pop(name).kill()
-                    if attempt == 4 or self.closed:
-                        future.set_exception(Infra(f"{kind}: {error!r}"))
-                        break
-                except RuntimeError as error:  # too few walls, or a package is missing: for people to mend
-                    future.set_exception(error)
-                    break
-
-    def respond(self) -> None:
-        CURRENT.pool = self
-        while True:
-            future, text, row, CURRENT.rules = self.responses.get()
-            try:
-                future.set_result(REWARDS[row["task"].partition(":")[0]](text, row))
-            except Infra as error:
-                future.set_result(verdict("infra") | {"why": str(error)})
-            except BaseException as error:  # a bad row; it is raised where the result is asked for
-                future.set_exception(error)
-
-    def close(self) -> None:
-        self.closed = True
-        for server in list(self.servers.values()) if self.process == os.getpid() else ():  # not in a fork of it
-            server.kill()
+DEFAULT = Rules()
 
 
-class Current(threading.local):
-    """What the response that this thread judges is judged by."""
-    pool: Pool | None = None
-    rules = Rules()
+def reward_name(task: str) -> str:
+    """The key in REWARDS: that of rg:chain_sum is rg."""
+    return task.partition(":")[0]
 
 
-CURRENT = Current()
-pool_of = cache(Pool)
-os.register_at_fork(after_in_child=pool_of.cache_clear)  # threads do not survive a fork
+def check_tasks(tasks: set[str]) -> None:
+    unknown = sorted({reward_name(task) for task in tasks} - REWARDS.keys())
+    if unknown:
+        raise ValueError(
+            f"no reward for task {', '.join(map(repr, unknown))}: add it to REWARDS in rewards.py, "
+            f"which has {', '.join(REWARDS)}"
+        )
 
 
-def default_workers() -> int:
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    return max(1, len(os.sched_getaffinity(0)) // ranks)
+def judge(text: str, row: dict, rules: Rules) -> dict:
+    """The result of one response."""
+    reward = REWARDS[reward_name(row["task"])]
+    try:
+        return reward(text, row, rules)
+    except pool.Infra as error:
+        return verdict("infra") | {"why": str(error)}
 
 
-def run_sandboxed(kind: str, program: bytes, given, name: str | None, cpu: float, size=1 << 16) -> tuple[dict, bytes]:
-    """Runs a program on a text, or its function `name` on a list of arguments. The result's "status" is of sandbox.py:
-    ok, timeout, memory, crash, output; the bytes are what it printed, or the JSON of what the function returned."""
-    pool, unsafe = CURRENT.pool or pool_of(default_workers()), CURRENT.rules.unsafe_code
-    data = json.dumps(given).encode() if name else str(given).encode("utf-8", "surrogatepass")
-    job = {"kind": "call" if name else "stdin", "fn_name": name, "cpu": cpu, "memory": MEMORY, "output": size}
-    for again, wall in enumerate((SLICE[kind], 2 * cpu + 1)):
-        future: Future = Future()
-        pool.jobs.put((again, next(pool.arrivals), kind, unsafe, job | {"wall": wall}, program, data, future))
-        result, output, walls = future.result()
-        if result["status"] != "timeout":
-            break
-    return result | {"walls": walls}, output
+def submit(
+    texts: list[str],
+    rows: list[dict],
+    finished: list[bool] | None = None,
+    rules: Rules = DEFAULT,
+) -> list[Future]:
+    """One future for each text: of {"reward": float, "correct": 0.0 or 1.0, "status": str, ...parts
+    that are logged}. `rules` is anything with the attributes of Rules.
 
-
-# -------------------------------------------------------------------------------------------------------------- batches
-
-
-def submit(texts: list[str], rows: list[dict], finished: list | None = None, workers=0, rules=Rules()) -> list[Future]:
-    """One future for each text: of {"reward": float, "correct": 0.0 or 1.0, "status": str, ...parts that are logged}.
-
-    `finished[i]` is False when response i was cut at its length limit. Such a response scores 0: it did not choose
-    to stop, and rewarding it teaches rambling (Open-Reasoner-Zero, arXiv:2503.24290, section 2).
-    Raises on our own mistakes only: an unknown task here; a bad row, or a machine without enough walls, as the result.
+    `finished[i]` is False when response i was cut at its length limit. Such a response scores 0: it
+    did not choose to stop, and rewarding it teaches rambling (Open-Reasoner-Zero, arXiv:2503.24290,
+    section 2).
+    Raises on our own mistakes only: an unknown task here; a bad row, or a machine without enough
+    walls, as the result.
     """
-    if unknown := {row["task"].partition(":")[0] for row in rows} - set(REWARDS):
-        raise ValueError(f"no reward for task {sorted(unknown)}: REWARDS in rewards.py knows {sorted(REWARDS)}")
+    check_tasks({row["task"] for row in rows})
     if len(texts) != len(rows):
         raise ValueError(f"{len(texts)} texts for {len(rows)} rows: give one row for each text")
-    pool, futures = pool_of(workers or default_workers()), []
-    for text, row, done in zip(texts, rows, finished or [True] * len(rows)):
-        futures.append(Future())
-        if done:
-            pool.responses.put((futures[-1], text, row, rules))
+    futures = []
+    for i, (text, row) in enumerate(zip(texts, rows)):
+        if finished and not finished[i]:
+            future: Future = Future()
+            future.set_result(verdict("no_answer"))
         else:
-            futures[-1].set_result(verdict("no_answer"))
+            future = pool.submit(judge, text, row, rules)
+        futures.append(future)
     return futures
 
 
-def score(texts: list[str], rows: list[dict], finished: list | None = None, workers=0, rules=Rules()) -> list[dict]:
-    """The results of submit(), in the order of the texts; the same for any number of workers."""
-    return [future.result() for future in submit(texts, rows, finished, workers, rules)]
+def score(
+    texts: list[str],
+    rows: list[dict],
+    finished: list[bool] | None = None,
+    rules: Rules = DEFAULT,
+) -> list[dict]:
+    """The results of submit(), in the order of the texts; the same for any number of processes."""
+    return [future.result() for future in submit(texts, rows, finished, rules)]
 
 
-def start(tasks: set[str], rules: Rules = Rules()) -> dict[str, str]:
-    """Starts what the tasks need, so that what is missing shows before the first step. {what: which walls it has}"""
-    made, CURRENT.rules = {}, rules
-    for kind in sorted({task.partition(":")[0] for task in tasks} & SLICE.keys()):
-        walls = run_sandboxed(kind, b"def f(): pass", [], "f", 1.0)[0]["walls"]
-        lacking = "".join(f"; no {name}: {why}" for name, why in walls["missing"].items())
-        made[f"{kind} sandbox"] = ", ".join(walls["layers"]) + lacking
+def start(tasks: set[str], rules: Rules = DEFAULT) -> dict[str, str]:
+    """Starts what the tasks need, so that what is missing shows before the first step: packages,
+    walls of the sandbox, a reward. Returns {sandbox: which walls it has}."""
+    check_tasks(tasks)
+    made = {}
+    for kind in sorted({reward_name(task) for task in tasks} & pool.KINDS.keys()):
+        unsafe = kind == "code" and rules.unsafe_code
+        outcome = pool.run_sandboxed(kind, b"def f(): pass", [], "f", cpu=1.0, unsafe=unsafe)
+        walls = ", ".join(outcome.walls["layers"])
+        for name, why in outcome.walls["missing"].items():
+            walls += f"; no {name}: {why}"
+        made[f"{kind} sandbox"] = walls
     return made
 
 
 def summary(scored: list[dict], tasks: list[str] = ()) -> dict[str, float]:
-    """Means of "reward" and of every other number in the results, our own failures ("infra") left out; the part of the
-    results with each status. Where there are several, reward and share right of each of the `tasks` of the results."""
-    sound = [r for r in scored if r["status"] != "infra"]
-    statuses = [r["status"] for r in scored]
-    row = {f"reward/{status}_frac": statuses.count(status) / len(scored) for status in STATUSES}
-    for part in sorted({part for r in sound for part in r if isinstance(r[part], (int, float))}):
-        values = [r[part] for r in sound if part in r]
-        row["reward/mean" if part == "reward" else f"reward/{part}"] = sum(values) / len(values)
-    for task in sorted(set(tasks)) if len(set(tasks)) > 1 else ():
-        own = summary([r for r, t in zip(scored, tasks) if t == task])
-        row |= {f"reward/{task}/{key[7:]}": own[key] for key in ("reward/mean", "reward/correct") if key in own}
+    """Means of "reward" and of every other number in the results, our own failures ("infra") left
+    out; the part of the results with each status. Where there are several, reward and share right
+    of each of the `tasks` of the results."""
+    row = {}
+    statuses = [result["status"] for result in scored]
+    for status in STATUSES:
+        row[f"reward/{status}_frac"] = statuses.count(status) / len(scored)
+    values: dict[str, list[float]] = {}
+    for result in scored:
+        if result["status"] != "infra":
+            for part, value in result.items():
+                if isinstance(value, int | float):
+                    values.setdefault(part, []).append(value)
+    for part in sorted(values):
+        key = "reward/mean" if part == "reward" else f"reward/{part}"
+        row[key] = sum(values[part]) / len(values[part])
+    for task, results in by_task(scored, tasks).items():
+        own = summary(results)
+        for key in ("mean", "correct"):
+            if f"reward/{key}" in own:
+                row[f"reward/{task}/{key}"] = own[f"reward/{key}"]
     return row
 
 
+def by_task(scored: list[dict], tasks: list[str]) -> dict[str, list[dict]]:
+    """The results of each task, where there are several."""
+    if len(set(tasks)) < 2:
+        return {}
+    groups: dict[str, list[dict]] = {task: [] for task in sorted(set(tasks))}
+    for result, task in zip(scored, tasks):
+        groups[task].append(result)
+    return groups
+
+
+def count_right(row: list[dict]) -> int:
+    return len([result for result in row if result["correct"] == 1])
+
+
+def mean(values: list[float]) -> float:
+    return fmean(values or [0.0])
+
+
+def pass_at(n: int, rows: list[list[dict]]) -> float:
+    """The chance that at least one of n answers to a question is right, without bias, over rows of
+    at least n answers to the same question (of all, where there are fewer); arXiv:2107.03374,
+    equation 1."""
+    chances = []
+    for row in rows:
+        drawn = min(n, len(row))
+        all_wrong = comb(len(row) - count_right(row), drawn) / comb(len(row), drawn)
+        chances.append(1 - all_wrong)
+    return mean(chances)
+
+
+def majority(row: list[dict]) -> float:
+    """Is the most frequent of the answers to one question right? Right ones are the same one; a tie
+    counts for its share."""
+    right = count_right(row)
+    wrong = Counter(r["answer"] for r in row if "answer" in r and r["correct"] != 1)
+    counts = list(wrong.values())
+    if right == 0 or right < max(counts, default=0):
+        return 0.0
+    return 1 / (1 + counts.count(right))
+
+
 def evaluation(scored: list[dict], k: int, tasks: list[str] = ()) -> dict[str, float]:
-    """Of k results for each held-out row, neighbours together: the share right (mean@k); pass@n for n = 1, 2, 4 ... k
-    without bias, arXiv:2107.03374 equation 1; maj@k, where answers can be compared: is the most frequent one right?
-    Right ones are the same one; a tie counts for its share. "infra" is left out. `tasks` as in summary()."""
-    sound = ([r for r in scored[i : i + k] if r["status"] != "infra"] for i in range(0, len(scored), k))
-    rows = [row for row in sound if row]
-    right = [int(sum(r["correct"] == 1 for r in row)) for row in rows]
-    correct = fmean([c / len(row) for row, c in zip(rows, right)] or [0.0])
-    out = {"eval/correct": correct} | ({f"eval/mean_at_{k}": correct} if k > 1 else {})
-    for n in sorted({k, *(2**i for i in range(k.bit_length()))}) if k > 1 else ():
-        sizes = [(len(row), c, min(n, len(row))) for row, c in zip(rows, right)]
-        out[f"eval/pass_at_{n}"] = fmean([1 - comb(size - c, m) / comb(size, m) for size, c, m in sizes] or [0.0])
-    if k > 1 and any("answer" in r for row in rows for r in row):
-        wrong = [Counter(r["answer"] for r in row if "answer" in r and r["correct"] != 1).values() for row in rows]
-        won = [(c >= max(w, default=0) and c > 0) / (1 + list(w).count(c)) for c, w in zip(right, wrong)]
-        out[f"eval/maj_at_{k}"] = fmean(won)
-    for task in sorted(set(tasks)) if len(set(tasks)) > 1 else ():
-        own = evaluation([r for r, t in zip(scored, tasks) if t == task], k)
-        out |= {key.replace("eval/", f"eval/{task}/"): value for key, value in own.items()}
+    """Of k results for each held-out row, neighbours together: the share right (mean@k), pass@n for
+    n = 1, 2, 4 ... k, and maj@k where answers can be compared. "infra" is left out. `tasks` as in
+    summary()."""
+    rows = []
+    for i in range(0, len(scored), k):
+        sound = [result for result in scored[i : i + k] if result["status"] != "infra"]
+        if sound:
+            rows.append(sound)
+    out = {"eval/correct": mean([count_right(row) / len(row) for row in rows])}
+    if k > 1:
+        out[f"eval/mean_at_{k}"] = out["eval/correct"]
+        n = 1
+        while n < k:
+            out[f"eval/pass_at_{n}"] = pass_at(n, rows)
+            n *= 2
+        out[f"eval/pass_at_{k}"] = pass_at(k, rows)
+        if any("answer" in result for row in rows for result in row):
+            out[f"eval/maj_at_{k}"] = mean([majority(row) for row in rows])
+    for task, results in by_task(scored, tasks).items():
+        for key, value in evaluation(results, k).items():
+            out[key.replace("eval/", f"eval/{task}/")] = value
     return out
 
 
-REWARDS = {"countdown": countdown, "math": math, "code": code, "rg": gym}  # task, up to a colon -> its reward
-
-if __name__ == "__main__" and sys.argv[1:2] == ["readable"]:  # for data.py: answers in, verdicts out, both as JSON
+if __name__ == "__main__":  # for data.py: answers in, verdicts out, both as JSON
+    if sys.argv[1:2] != ["readable"]:
+        sys.exit("rewards.py is no program: python tools/score.py FILE scores responses")
     json.dump(readable(json.load(sys.stdin), "--progress" in sys.argv), sys.stdout)
-elif __name__ == "__main__":
-    import tyro
-
-    sums, squares = {"numbers": [3, 5, 7], "target": 22}, {"inputs": ["2\n", "5\n"], "outputs": ["4\n", "25\n"]}
-    typical = [  # task, answer of the row, what is around a response, {status and reward: responses}
-        ("countdown", sums, "<answer>{}</answer>", {
-            "ok 1": ["3*5+7"], "wrong 0.1": ["3*7-5", "3/(5-5)"], "wrong 0": ["3*5+7=22", "9**9**9", "().real"]}),
-        ("countdown", sums, "{}", {"no_answer 0": ["So 3*5+7 = 22."]}),
-        ("math", r"\frac{1}{2}", r"\boxed{{{}}}", {"ok 1": ["0.5", r"\frac24", r"\sin 30^\circ"],
-            "wrong 0": ["0.50001", "1 or 1/2", "9^{9^{9^9}}", "open('x','w')"]}),
-        ("math", r"\frac{1}{2}", r"\boxed{{0.5}} {}", {"no_answer 0": ["</think> 0.5"], "wrong 0": [r"or \boxed{2}"]}),
-        ("code", squares, "```python\n{}\n```", {
-            "ok 1": ["print(int(input())**2)"], "wrong 0": ["print(4)"], "timeout 0": ["while True: pass"],
-            "crash 0": ["open('/etc/passwd')"], "memory 0": ["x = [0] * 10**10"]}),
-        ("code", squares, "{}", {"no_answer 0": ["print(int(input())**2)"]}),
-    ]  # fmt: skip
-
-    def look(file: tyro.conf.Positional[str] = "", task: str = "", out: str = "", rules: Rules = Rules()) -> None:
-        """Judges typical and hostile responses to TASK, by default to each; or the lines of FILE, a JSONL file: "task"
-        (else TASK), "answer", "response" or "text", perhaps "id", "finished". OUT gets them with their verdicts."""
-        rows = [{"task": t, "answer": gold, "text": around.format(said), "id": said, "expected": wanted}
-                for t, gold, around, cases in typical if not file and task in ("", t)
-                for wanted, some in cases.items() for said in some]  # fmt: skip
-        for n, line in enumerate(open(file, encoding="utf-8") if file else (), 1):
-            try:
-                row = {"task": task or None, "id": f"line {n}"} | json.loads(line)
-            except (ValueError, TypeError):
-                sys.exit(f"{file}, line {n}: no JSON object")
-            gold = None if "status" in row else row.get("answer")  # in a run's samples.jsonl it is what was found
-            needed = {"task": row["task"], "answer": gold, "response": row.get("response", row.get("text"))}
-            if absent := [name for name, value in needed.items() if value is None]:
-                sys.exit(f'{file}, line {n}: there is no "' + '", no "'.join(absent) + '"')
-            rows.append(row)
-        if not rows:
-            sys.exit(f"{file} has no lines" if file else f"task={task!r}: use countdown, math or code")
-        print(start({row["task"] for row in rows}, rules))
-        print(f"{'task':12s} {'status':10s} reward  {'answer found':24s} {'line' if file else 'response'}")
-        texts, results, wrong = [row.get("response", row.get("text")) for row in rows], [], 0
-        for row, future in zip(rows, submit(texts, rows, [row.get("finished", True) for row in rows], rules=rules)):
-            if error := future.exception():
-                sys.exit(f"{file}, {row['id']}: its answer cannot be used: {error!r}")
-            results.append(future.result())
-            status, reward, found = (results[-1].get(name, "") for name in ("status", "reward", "answer"))
-            wanted = f"{status} {reward:g}" if file else row["expected"]
-            note = f"  <- expected {wanted}" * (wanted != f"{status} {reward:g}")
-            print(f"{row['task']:12s} {status:10s} {reward:<7.3g} {found and repr(found):24.24s} {row['id']}{note}")
-            wrong += bool(note)
-        means = [f"{k[7:]} {v:.3g}" for k, v in summary(results).items() if v or k == "reward/correct"]
-        print(f"{len(rows)} responses: {', '.join(means)}")
-        if out:
-            Path(out).write_text("".join(json.dumps(r | {"verdict": x}) + "\n" for r, x in zip(rows, results)))
-        if wrong and rules in (Rules(), Rules(unsafe_code=True)):
-            sys.exit(f"{wrong} of {len(rows)} verdicts differ from what was expected")
-
-    tyro.cli(look, config=(tyro.conf.OmitArgPrefixes,), use_underscores=True)

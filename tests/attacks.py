@@ -5,6 +5,7 @@ print nothing and must merely end. `Field` sets out what there is to win: a fold
 it, a listener on loopback and one on an abstract socket, a secret in the environment and in the memory of the trainer.
 Standard library only, so that any user with any Python 3.11 can run it.
 """
+
 import json
 import os
 import socket
@@ -16,7 +17,7 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import rewards  # noqa: E402
+from verify import pool  # noqa: E402
 
 START = """import ctypes, json, os, resource, select, signal, socket, subprocess, sys, threading, time
 given = json.loads(input())
@@ -282,7 +283,7 @@ LONGER = {
                 if isinstance(value, (str, bytes)): holds(value)""",
     "standard library of the trainer": """
         import importlib
-        for name in ("rewards", "torch", "vllm", "numpy"):
+        for name in ("rewards", "verify", "pool", "equality", "sandbox", "torch", "vllm", "numpy"):
             try: importlib.import_module(name); won()
             except ImportError: pass""",
     "patched comparison": """
@@ -334,7 +335,7 @@ CALLS = {  # solve(x) of programs that want any result to count as right: the ri
     "no function": "x = 1",
     "hidden in a class": "class Solution:\n    __getattr__ = lambda s, n: (lambda x: 1)",
     "recursive exception": "class E(Exception):\n    __str__ = lambda s: 1/0\ndef solve(x):\n    raise E",
-}  # fmt: skip
+}
 
 
 def sources() -> dict[str, str]:
@@ -359,7 +360,10 @@ class Field:
         for path in (self.dir, self.dir / "checkpoint"):
             path.chmod(0o777)
         self.connections = 0
-        self.tcp, self.abstract = socket.create_server(("127.0.0.1", 0)), socket.socket(socket.AF_UNIX)
+        self.tcp, self.abstract = (
+            socket.create_server(("127.0.0.1", 0)),
+            socket.socket(socket.AF_UNIX),
+        )
         name = f"field-{os.getpid()}-{self.tcp.getsockname()[1]}"
         self.abstract.bind("\0" + name)
         self.abstract.listen()
@@ -383,7 +387,11 @@ class Field:
     def files(self) -> dict[str, tuple]:
         paths = [self.dir, *sorted(self.dir.rglob("*"))]
         content = {str(p): (p.stat().st_mode, p.read_text() if p.is_file() else "") for p in paths}
-        return content | {str(p): () for p in (Path("/tmp/rewards-test-new"), Path("/dev/shm/rewards-test")) if p.exists()}
+        return content | {
+            str(p): ()
+            for p in (Path("/tmp/rewards-test-new"), Path("/dev/shm/rewards-test"))
+            if p.exists()
+        }
 
     def leftovers(self) -> list[str]:
         """Files that changed, connections that were made, programs that still run."""
@@ -403,7 +411,9 @@ def descendants(pid: int) -> list[int]:
     for path in Path("/proc").iterdir():
         if path.name.isdigit():
             try:
-                parents[int(path.name)] = int((path / "stat").read_text().rpartition(")")[2].split()[1])
+                parents[int(path.name)] = int(
+                    (path / "stat").read_text().rpartition(")")[2].split()[1]
+                )
             except (OSError, IndexError):
                 pass
     found = [child for child, parent in parents.items() if parent == pid]
@@ -415,26 +425,42 @@ def run(off: tuple[str, ...] = (), names: list[str] | None = None, seconds: floa
     chosen = {name: source for name, source in sources().items() if names is None or name in names}
     escaped, slow = [], []
     with Field() as field:
-        server = rewards.Server("code", unsafe=True, off=off)
+        server = pool.Server("code", unsafe=True, off=off)
         idle = len(descendants(os.getpid()))
         for name, source in chosen.items():
             for _ in range(2 if name.startswith("state") else 1):
-                job = {"kind": "stdin", "fn_name": None, "cpu": seconds, "wall": 2 * seconds, "memory": 1 << 30}
+                job = {
+                    "kind": "stdin",
+                    "fn_name": None,
+                    "cpu": seconds,
+                    "wall": 2 * seconds,
+                    "memory": 1 << 30,
+                }
                 begun = time.monotonic()
                 try:
-                    result, output = server.run(job | {"output": 1 << 16}, source.encode(), field.given.encode())
-                except rewards.FAILURES as error:
+                    result, output = server.run(
+                        job | {"output": 1 << 16}, source.encode(), field.given.encode()
+                    )
+                except pool.FAILURES as error:
                     result, output = {"status": f"killed the server ({error!r})"}, b"escaped"
                     server.kill()
-                    server = rewards.Server("code", unsafe=True, off=off)
+                    server = pool.Server("code", unsafe=True, off=off)
                 if b"escaped" in output and name not in escaped:
                     escaped.append(name)
                 if time.monotonic() - begun > 2 * seconds + 2:
                     slow.append(name)
         alive = len(descendants(os.getpid())) - idle
-        answer = {"user": os.geteuid(), "layers": server.walls["layers"], "tried": len(chosen), "escaped": escaped}
+        answer = {
+            "user": os.geteuid(),
+            "layers": server.walls["layers"],
+            "tried": len(chosen),
+            "escaped": escaped,
+        }
         server.kill()
-        return answer | {"slow": slow, "leftovers": field.leftovers() + [f"{alive} processes"] * (alive > 0)}
+        return answer | {
+            "slow": slow,
+            "leftovers": field.leftovers() + [f"{alive} processes"] * (alive > 0),
+        }
 
 
 if __name__ == "__main__":

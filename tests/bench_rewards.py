@@ -5,6 +5,7 @@
 2. math: 1,000 ordinary answers with the processes warm.
 3. hanging: a batch of 256 with 10 % of programs that never end, against the others alone.
 """
+
 import os
 import random
 import statistics
@@ -16,6 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import rewards  # noqa: E402
+from verify import pool  # noqa: E402
 
 PROGRAM = """import sys, math, collections, heapq, itertools, functools, bisect, re
 from typing import List
@@ -37,7 +39,12 @@ def programs(count: int) -> tuple[list[str], list[dict]]:
     for _ in range(count):
         inputs = [[rng.randrange(1000) for _ in range(20)] for _ in range(5)]
         outputs = [str(sum(x * x for x in xs) % 1_000_007) for xs in inputs]
-        rows.append({"task": "code", "answer": {"inputs": [" ".join(map(str, xs)) for xs in inputs], "outputs": outputs}})
+        rows.append(
+            {
+                "task": "code",
+                "answer": {"inputs": [" ".join(map(str, xs)) for xs in inputs], "outputs": outputs},
+            }
+        )
     return [fenced(PROGRAM)] * count, rows
 
 
@@ -46,12 +53,19 @@ def answers(count: int) -> tuple[list[str], list[dict]]:
     rng, texts, rows = random.Random(0), [], []
     for i in range(count):
         a, b, wrong = rng.randrange(2, 99), rng.randrange(2, 99), rng.random() < 0.5
-        gold, answer = rng.choices([
-            (str(a * b), str(a * b + wrong)), (rf"\frac{{{a}}}{{{b}}}", rf"\frac{{{2 * a}}}{{{2 * b + wrong}}}"),
-            (f"{a}.{b}", f"{a}.{b + wrong}"), (rf"{a}\sqrt{{2}}", rf"\sqrt{{{2 * a * a + wrong}}}"),
-            (f"(x+{a})^2", f"x^2+{2 * a}x+{a * a + wrong}"), (f"[{a},{a + b})", f"[{a}, {a + b + wrong})"),
-            (r"\text{even}", "odd" if wrong else "even"), (rf"{a}\pi", rf"{a + wrong} \pi"),
-        ], [40, 15, 10, 5, 5, 5, 10, 10])[0]  # fmt: skip
+        gold, answer = rng.choices(
+            [
+                (str(a * b), str(a * b + wrong)),
+                (rf"\frac{{{a}}}{{{b}}}", rf"\frac{{{2 * a}}}{{{2 * b + wrong}}}"),
+                (f"{a}.{b}", f"{a}.{b + wrong}"),
+                (rf"{a}\sqrt{{2}}", rf"\sqrt{{{2 * a * a + wrong}}}"),
+                (f"(x+{a})^2", f"x^2+{2 * a}x+{a * a + wrong}"),
+                (f"[{a},{a + b})", f"[{a}, {a + b + wrong})"),
+                (r"\text{even}", "odd" if wrong else "even"),
+                (rf"{a}\pi", rf"{a + wrong} \pi"),
+            ],
+            [40, 15, 10, 5, 5, 5, 10, 10],
+        )[0]
         texts.append(rf"The sum is $2+2$, so \boxed{{{answer}}}.")
         rows.append({"task": "math", "answer": gold})
     return texts, rows
@@ -64,7 +78,9 @@ def seconds(texts: list[str], rows: list[dict]) -> tuple[float, float]:
     for i, future in enumerate(futures):
         future.add_done_callback(lambda _, i=i: ends.setdefault(i, time.perf_counter() - begun))
     statuses = [future.result()["status"] for future in futures]
-    return max(ends[i] for i, status in enumerate(statuses) if status != "timeout"), time.perf_counter() - begun
+    return max(
+        ends[i] for i, status in enumerate(statuses) if status != "timeout"
+    ), time.perf_counter() - begun
 
 
 def fresh(rows: list[dict], at_a_time: int) -> float:
@@ -76,20 +92,23 @@ def fresh(rows: list[dict], at_a_time: int) -> float:
 
     jobs = [(PROGRAM, given) for row in rows for given in row["answer"]["inputs"]]
     begun = time.perf_counter()
-    with ThreadPoolExecutor(at_a_time) as pool:
-        list(pool.map(run, jobs))
+    with ThreadPoolExecutor(at_a_time) as threads:
+        list(threads.map(run, jobs))
     return (time.perf_counter() - begun) / len(jobs)
 
 
 def main() -> dict[str, float]:
     rewards.TEST_SECONDS = SECONDS
     rewards.start({"math", "code"})
-    rewards.score(*answers(40)), rewards.score(*programs(20))  # every worker has started its servers
+    (
+        rewards.score(*answers(40)),
+        rewards.score(*programs(20)),
+    )  # every worker has started its servers
     ours, loop, theirs = [], [], []
     for _ in range(5):
         ours.append(seconds(*programs(40))[1] / 200)
         loop.append(fresh(programs(8)[1], 1))
-        theirs.append(fresh(programs(8)[1], rewards.default_workers()))
+        theirs.append(fresh(programs(8)[1], pool.default_workers()))
     math = statistics.median(seconds(*answers(1000))[1] for _ in range(3))
     texts, rows = programs(256)
     hang = [fenced(s) for s in ("while True: pass", "import time\ntime.sleep(99)")]
@@ -100,7 +119,7 @@ def main() -> dict[str, float]:
         alone.append(seconds(*map(list, zip(*honest)))[0])
         quick, all_of_it = seconds(mixed, rows)
         others.append(quick), whole.append(all_of_it)
-    hanging, workers = len(texts) - len(honest), rewards.default_workers()
+    hanging, workers = len(texts) - len(honest), pool.default_workers()
     waves = -(-hanging // workers)
     result = {
         "test_ms": 1000 * statistics.median(ours),

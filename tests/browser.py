@@ -4,6 +4,7 @@
 
 Owns: start, questions, answers, events, end. Refuses to know: what a page is for.
 """
+
 import base64
 import json
 import os
@@ -24,20 +25,39 @@ def find() -> str | None:
 
 class Browser:
     def __init__(self, timeout: float = 60):
-        self.timeout, self.folder, self.count, self.rest = timeout, tempfile.mkdtemp(prefix="browser-"), 0, b""
+        self.timeout, self.folder, self.count, self.rest = (
+            timeout,
+            tempfile.mkdtemp(prefix="browser-"),
+            0,
+            b"",
+        )
         self.events: list[dict] = []
         theirs_in, self.out = os.pipe()
         self.inp, theirs_out = os.pipe()
         flags = "--headless=new --no-sandbox --disable-gpu --disable-dev-shm-usage --remote-debugging-pipe"
         # the browser reads descriptor 3 and writes 4; through high numbers, so that neither overwrites the other
         plumb = f'exec 8<&{theirs_in} 9>&{theirs_out} 3<&8 4>&9 8<&- 9>&-; exec "$@"'
-        command = ["bash", "-c", plumb, "bash", find(), *flags.split(), f"--user-data-dir={self.folder}", "about:blank"]
-        fds, quiet = (theirs_in, theirs_out), {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        command = [
+            "bash",
+            "-c",
+            plumb,
+            "bash",
+            find(),
+            *flags.split(),
+            f"--user-data-dir={self.folder}",
+            "about:blank",
+        ]
+        fds, quiet = (
+            (theirs_in, theirs_out),
+            {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL},
+        )
         self.process = subprocess.Popen(command, pass_fds=fds, start_new_session=True, **quiet)
         os.close(theirs_in), os.close(theirs_out)
         self.session = None
         pages = [t for t in self.call("Target.getTargets")["targetInfos"] if t["type"] == "page"]
-        self.session = self.call("Target.attachToTarget", targetId=pages[0]["targetId"], flatten=True)["sessionId"]
+        self.session = self.call(
+            "Target.attachToTarget", targetId=pages[0]["targetId"], flatten=True
+        )["sessionId"]
         for domain in ("Page", "Runtime", "Log", "Network"):
             self.call(f"{domain}.enable")
 
@@ -64,7 +84,9 @@ class Browser:
         return answer["result"]
 
     def js(self, text: str):
-        result = self.call("Runtime.evaluate", expression=text, returnByValue=True, awaitPromise=True)
+        result = self.call(
+            "Runtime.evaluate", expression=text, returnByValue=True, awaitPromise=True
+        )
         if "exceptionDetails" in result:
             raise RuntimeError(f"{text[:200]}: {result['exceptionDetails']}")
         return result["result"].get("value")
@@ -79,7 +101,13 @@ class Browser:
     def open(self, page: Path, width: int = 1280, height: int = 900, dark: bool = False) -> None:
         mode = [{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}]
         self.call("Emulation.setEmulatedMedia", features=mode)
-        self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
+        self.call(
+            "Emulation.setDeviceMetricsOverride",
+            width=width,
+            height=height,
+            deviceScaleFactor=1,
+            mobile=False,
+        )
         self.call("Page.navigate", url="about:blank")
         self.wait("location.href === 'about:blank'")
         self.events.clear()
@@ -90,11 +118,17 @@ class Browser:
         """Exceptions, console messages, log entries and requests for anything but the page itself."""
         self.js("new Promise(done => requestAnimationFrame(() => setTimeout(done, 50)))")
         kinds = ("Runtime.exceptionThrown", "Runtime.consoleAPICalled", "Log.entryAdded")
-        asked = [e["params"]["request"]["url"] for e in self.events if e.get("method") == "Network.requestWillBeSent"]
+        asked = [
+            e["params"]["request"]["url"]
+            for e in self.events
+            if e.get("method") == "Network.requestWillBeSent"
+        ]
         return [e["params"] for e in self.events if e.get("method") in kinds] + asked[1:]
 
     def shot(self, path: Path, full: bool = False) -> bytes:
-        image = base64.b64decode(self.call("Page.captureScreenshot", captureBeyondViewport=full)["data"])
+        image = base64.b64decode(
+            self.call("Page.captureScreenshot", captureBeyondViewport=full)["data"]
+        )
         path.write_bytes(image)
         return image
 
@@ -113,8 +147,13 @@ if __name__ == "__main__":
     page, shot, width, *dark = *sys.argv[1:], *["1280"][len(sys.argv) - 3 :]
     browser = Browser()
     browser.open(Path(page), int(width), dark=bool(dark))
-    browser.call("Emulation.setDeviceMetricsOverride", width=int(width), mobile=False, deviceScaleFactor=1,
-                 height=browser.js("document.documentElement.scrollHeight"))  # fmt: skip
+    browser.call(
+        "Emulation.setDeviceMetricsOverride",
+        width=int(width),
+        mobile=False,
+        deviceScaleFactor=1,
+        height=browser.js("document.documentElement.scrollHeight"),
+    )
     print(browser.complaints())
     browser.shot(Path(shot))
     browser.close()

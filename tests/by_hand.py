@@ -9,6 +9,7 @@ makes the runs to be compared with: each in a process of its own, which is forke
 times as long as two steps. "again" among the flags: OUT-again is a copy that has lost its last checkpoint and goes on
 from the one before. "lags": the engine's log-probs are off by LAG, in the answers that are learned from.
 """
+
 import os
 import random
 import shutil
@@ -32,11 +33,15 @@ LAG = (0.9, 0.0, -1.1)  # by the place of a token, in turn
 
 def gae_by_hand(rewards: list[float], values: list[float], gamma: float, lam: float) -> list[float]:
     deltas = [r + gamma * after - v for r, v, after in zip(rewards, values, [*values[1:], 0.0])]
-    return [sum((gamma * lam) ** k * d for k, d in enumerate(deltas[i:])) for i in range(len(deltas))]
+    return [
+        sum((gamma * lam) ** k * d for k, d in enumerate(deltas[i:])) for i in range(len(deltas))
+    ]
 
 
 def norm_of(model) -> float:
-    return torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None]).norm().item()
+    return (
+        torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None]).norm().item()
+    )
 
 
 def kl_by_hand(kind: str, policy, reference):
@@ -50,19 +55,32 @@ class ByHand:
 
     def __init__(self, flags: object, model: str, lags: bool):
         self.f, self.path, self.lag = flags, model, LAG if lags else (0.0, 0.0, 0.0)
-        self.tokenizer, self.kl_coef, self.bounded = AutoTokenizer.from_pretrained(model), flags.kl_coef, 0
-        self.policy, self.reference = (AutoModelForCausalLM.from_pretrained(model) for _ in range(2))
+        self.tokenizer, self.kl_coef, self.bounded = (
+            AutoTokenizer.from_pretrained(model),
+            flags.kl_coef,
+            0,
+        )
+        self.policy, self.reference = (
+            AutoModelForCausalLM.from_pretrained(model) for _ in range(2)
+        )
         self.critic = AutoModelForTokenClassification.from_pretrained(model, num_labels=1).eval()
         torch.nn.init.zeros_(self.critic.score.weight)
         torch.nn.init.zeros_(self.critic.score.bias)
-        self.adam = {m: torch.optim.AdamW(m.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.0)
-                     for m, lr in ((self.policy, flags.lr), (self.critic, flags.critic_lr))}  # fmt: skip
+        self.adam = {
+            m: torch.optim.AdamW(m.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.0)
+            for m, lr in ((self.policy, flags.lr), (self.critic, flags.critic_lr))
+        }
 
     def logprobs(self, model, b: int):
         prompt, response = self.asked[b], self.answers[b].ids
-        logits = model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1] / self.f.temperature
+        logits = (
+            model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
+            / self.f.temperature
+        )
         logp = torch.log_softmax(logits, -1)
-        return [logp[t, i] for t, i in enumerate(response)], [-(row.exp() * row).sum() for row in logp]
+        return [logp[t, i] for t, i in enumerate(response)], [
+            -(row.exp() * row).sum() for row in logp
+        ]
 
     def values(self, b: int):
         out = self.critic(torch.tensor([self.asked[b] + self.answers[b].ids])).logits[0, :, 0]
@@ -84,8 +102,14 @@ class ByHand:
                 grpo = (totals[b] - statistics.mean(group)) / (statistics.stdev(group) + 1e-4)
                 out.append([grpo if f.advantage == "grpo" else rloo] * len(token_rewards[b]))
             return out, []
-        values = [[v.item() for v in row] if f.advantage == "gae" else [0.0] * len(row) for row in self.old_values]
-        lams = [max(0.0, 1 - 1 / (f.lam_adaptive * len(row))) if f.lam_adaptive else f.lam for row in values]
+        values = [
+            [v.item() for v in row] if f.advantage == "gae" else [0.0] * len(row)
+            for row in self.old_values
+        ]
+        lams = [
+            max(0.0, 1 - 1 / (f.lam_adaptive * len(row))) if f.lam_adaptive else f.lam
+            for row in values
+        ]
         raw = [gae_by_hand(r, v, f.gamma, lam) for r, v, lam in zip(token_rewards, values, lams)]
         flat = [x for row in raw for x in row]
         mean, std = statistics.mean(flat), statistics.pstdev(flat)
@@ -96,12 +120,19 @@ class ByHand:
     def policy_loss(self, b: int, t: int, logprob, entropy, advantage: float):
         ratio, f = (logprob - self.old[b][t]).exp(), self.f
         low, high, dual = f.clip_low, f.clip_high, f.dual_clip
-        limited = ratio if 1 - low <= ratio <= 1 + high else torch.tensor(1 - low if ratio < 1 else 1 + high)
+        limited = (
+            ratio
+            if 1 - low <= ratio <= 1 + high
+            else torch.tensor(1 - low if ratio < 1 else 1 + high)
+        )
         loss = -min(ratio * advantage, limited * advantage)
         if dual and advantage < 0 and loss > -advantage * dual:
             loss, self.bounded = torch.tensor(-advantage * dual), self.bounded + 1
         if f.tis_cap:
-            loss = loss * min((self.old[b][t] - self.answers[b].logprobs[t] - self.lag[t % 3]).exp().item(), f.tis_cap)
+            loss = loss * min(
+                (self.old[b][t] - self.answers[b].logprobs[t] - self.lag[t % 3]).exp().item(),
+                f.tis_cap,
+            )
         loss = loss - f.entropy_coef * entropy
         if f.kl_coef and f.kl_in == "loss":
             loss = loss + self.kl_coef * kl_by_hand(f.kl_estimator, logprob, self.ref[b][t])
@@ -110,18 +141,32 @@ class ByHand:
     def step(self, step: int, start: str) -> dict[str, float]:
         """The metrics of one step, from weights that are those of folder `start`; the weights are moved."""
         models = {"policy": self.policy, "critic": self.critic}
-        self.before = {(m, k): p.detach().clone() for m, net in models.items() for k, p in net.named_parameters()}
+        self.before = {
+            (m, k): p.detach().clone()
+            for m, net in models.items()
+            for k, p in net.named_parameters()
+        }
         f, n = self.f, self.f.samples_per_prompt
         rows = data.batch({"toy": toy.load_toy("train", 0, "base")}, step, f.prompts_per_step)
         prompts = data.encode([row["prompt"] for row in rows], self.tokenizer)
         engine = rollout.TorchSampler(start, [self.tokenizer.eos_token_id], 4 + f.max_new_tokens)
-        self.answers = engine.sample(prompts, n, f.max_new_tokens, f.temperature, rollout.stream(0, step, 0))
-        self.asked, rows = [p for p in prompts for _ in range(n)], [row for row in rows for _ in range(n)]
+        self.answers = engine.sample(
+            prompts, n, f.max_new_tokens, f.temperature, rollout.stream(0, step, 0)
+        )
+        self.asked, rows = (
+            [p for p in prompts for _ in range(n)],
+            [row for row in rows for _ in range(n)],
+        )
         texts = [self.tokenizer.decode(s.ids, skip_special_tokens=True) for s in self.answers]
-        self.rewards = [toy.toy(x, row, f)["reward"] * s.finished for x, row, s in zip(texts, rows, self.answers)]
+        self.rewards = [
+            toy.toy(x, row, f)["reward"] * s.finished
+            for x, row, s in zip(texts, rows, self.answers)
+        ]
         with torch.no_grad():
             everyone = range(len(self.answers))
-            self.old, self.ref = ([self.logprobs(m, b)[0] for b in everyone] for m in (self.policy, self.reference))
+            self.old, self.ref = (
+                [self.logprobs(m, b)[0] for b in everyone] for m in (self.policy, self.reference)
+            )
             self.old_values = [self.values(b) for b in everyone]
         self.advantages, returns = self.targets()
         sums, counts = defaultdict(float), defaultdict(int)
@@ -144,9 +189,15 @@ class ByHand:
                 tokens = sum(len(self.old[b]) for b in chosen)
                 for b in chosen if epoch < policy_epochs else ():
                     size, limit = len(self.old[b]), f.max_new_tokens
-                    share = {"token": tokens, "sequence": size * len(chosen), "constant": limit * len(chosen)}
-                    per_token = [self.policy_loss(b, t, x, e, self.advantages[b][t])
-                                 for t, (x, e) in enumerate(zip(*self.logprobs(self.policy, b)))]  # fmt: skip
+                    share = {
+                        "token": tokens,
+                        "sequence": size * len(chosen),
+                        "constant": limit * len(chosen),
+                    }
+                    per_token = [
+                        self.policy_loss(b, t, x, e, self.advantages[b][t])
+                        for t, (x, e) in enumerate(zip(*self.logprobs(self.policy, b)))
+                    ]
                     [add("policy/loss", loss) for loss in per_token]
                     (sum(per_token) / share[f.loss_mean]).backward()
                 if epoch < policy_epochs:
@@ -155,7 +206,10 @@ class ByHand:
                     per_token = []
                     for value, old, aim in zip(self.values(b), self.old_values[b], returns[b]):
                         error = (value - aim) ** 2 / 2
-                        near = old + min(max(value - old, torch.tensor(-f.value_clip)), torch.tensor(f.value_clip))
+                        near = old + min(
+                            max(value - old, torch.tensor(-f.value_clip)),
+                            torch.tensor(f.value_clip),
+                        )
                         far = (near - aim) ** 2 / 2
                         add("critic/clipfrac", 0 < f.value_clip < abs(value - old) and far > error)
                         per_token.append(max(error, far) if f.value_clip else error)
@@ -163,9 +217,15 @@ class ByHand:
                     (sum(per_token) / tokens).backward()
                 if epoch < critic_epochs:
                     move("critic", self.critic)
-        row = {name: sums[name] / counts[name] for name in sums} | {"reward/mean": statistics.mean(self.rewards)}
+        row = {name: sums[name] / counts[name] for name in sums} | {
+            "reward/mean": statistics.mean(self.rewards)
+        }
         if f.kl_coef:
-            gaps = [kl_by_hand(f.kl_estimator, x, y).item() for b in everyone for x, y in zip(self.old[b], self.ref[b])]
+            gaps = [
+                kl_by_hand(f.kl_estimator, x, y).item()
+                for b in everyone
+                for x, y in zip(self.old[b], self.ref[b])
+            ]
             row |= {"policy/ref_kl": statistics.mean(gaps), "policy/kl_coef": self.kl_coef}
             if f.kl_target:
                 error = min(max(row["policy/ref_kl"] / f.kl_target - 1, -0.2), 0.2)
@@ -179,7 +239,9 @@ class ByHand:
         for name in names:
             model, saved = getattr(self, name), load_file(start / name / "model.safetensors")
             for key, p in model.named_parameters():
-                off, way = ((x - saved[key]).abs().mean().item() for x in (p, self.before[name, key]))
+                off, way = (
+                    (x - saved[key]).abs().mean().item() for x in (p, self.before[name, key])
+                )
                 # softmax does not see what every key has in common: the gradient of k's bias is rounding alone
                 assert off <= 2e-4 * way or key.endswith("k_proj.bias"), (name, key, off, way)
                 p.data.copy_(saved[key])
@@ -192,7 +254,9 @@ def run(out: str, flags: list[str]) -> None:
         answers = plain(self, prompts, n, *more)
         if n == 1:  # the canary
             return answers
-        return [s._replace(logprobs=[x + LAG[t % 3] for t, x in enumerate(s.logprobs)]) for s in answers]
+        return [
+            s._replace(logprobs=[x + LAG[t % 3] for t, x in enumerate(s.logprobs)]) for s in answers
+        ]
 
     if "lags" in flags:
         rollout.TorchSampler.sample = sample

@@ -1,4 +1,5 @@
 """For every test: one thread, no network, the guard for the name `kernels`, and a tiny model with random weights."""
+
 import atexit
 import os
 import shutil
@@ -7,7 +8,9 @@ import tempfile
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="ppo-tests-")  # before anybody imports `datasets`
+os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(
+    prefix="ppo-tests-"
+)  # before anybody imports `datasets`
 atexit.register(shutil.rmtree, os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import ppo  # noqa: E402, F401  before any other import of transformers: see the guard at its top
@@ -19,8 +22,12 @@ import tiny as tiny_folder  # noqa: E402
 import torch  # noqa: E402
 from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 
+from verify import pool  # noqa: E402
+
 torch.set_num_threads(1)
-hypothesis.settings.register_profile("tests", deadline=None, derandomize=True, database=None, max_examples=100)
+hypothesis.settings.register_profile(
+    "tests", deadline=None, derandomize=True, database=None, max_examples=100
+)
 hypothesis.settings.load_profile("tests")
 
 
@@ -57,3 +64,17 @@ def folder(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def tok(folder):
     return AutoTokenizer.from_pretrained(folder)
+
+
+@pytest.fixture
+def workers(monkeypatch):
+    """workers(n): from here on at most n sandboxes of a kind run at the same time."""
+
+    def restart(count: int) -> None:
+        pool.this_pool().close()
+        pool.this_pool.cache_clear()
+        monkeypatch.setattr(pool, "default_workers", lambda: count)
+
+    yield restart
+    pool.this_pool().close()
+    pool.this_pool.cache_clear()

@@ -5,6 +5,7 @@ models (tests/tiny.py, made when they are missing); two run at a time, a thread 
 not done again. Ends with a Markdown table of held-out accuracy (512 problems, temperature 1), mean and range over the
 seeds, and FOLDER/science.png.
 """
+
 import json
 import os
 import subprocess
@@ -25,13 +26,22 @@ FLAGS += "--max_new_tokens 160 --max_tokens_per_microbatch 8000 --lr 1e-3 --no_g
 FLAGS += "--eval_rows 512"
 CRITIC = "--critic_lr 2e-3 --critic_warmup 1"
 # an engine that samples the training batch (n > 1) hotter than it was told; evaluation and canary are as ever
-HOT = Bug("hot", "rollout.py", "n=n, temperature=temperature,",
-          "n=n, temperature=temperature * (1.5 if n > 1 else 1),", ())  # fmt: skip
+HOT = Bug(
+    "hot",
+    "rollout.py",
+    "n=n, temperature=temperature,",
+    "n=n, temperature=temperature * (1.5 if n > 1 else 1),",
+    (),
+)
 # (20 steps: after so many in a row runs.GUARDS ends a run whose engine is more than 0.1 nats a token off)
 WAYS = {  # name: (flags, what is planted, panel; but for the first panel FEWER steps)
     "PPO": (CRITIC, None, "advantages"),
     "GRPO": ("--advantage grpo", None, "advantages"),
-    "GRPO, 64 prompts x 8": ("--advantage grpo --prompts_per_step 64 --samples_per_prompt 8", None, "advantages"),
+    "GRPO, 64 prompts x 8": (
+        "--advantage grpo --prompts_per_step 64 --samples_per_prompt 8",
+        None,
+        "advantages",
+    ),
     "RLOO": ("--advantage rloo", None, "advantages"),
     "REINFORCE++": ("--advantage reinforce++", None, "advantages"),
     "PPO, no critic warm-up": ("--critic_lr 2e-3", None, "critic warm-up"),
@@ -56,8 +66,24 @@ def start(folder: Path, code: Path, way: str, seed: int) -> None:
     out, last = place(folder, way, seed), STEPS if WAYS[way][2] == "advantages" else FEWER
     if last in evaluations(out):
         return
-    command = [sys.executable, code / "ppo.py", *FLAGS.split(), *WAYS[way][0].split(), "--steps", last]
-    command += ["--model", folder / f"warm-{seed}", "--seed", seed, "--out", out, "--resume", "auto"]
+    command = [
+        sys.executable,
+        code / "ppo.py",
+        *FLAGS.split(),
+        *WAYS[way][0].split(),
+        "--steps",
+        last,
+    ]
+    command += [
+        "--model",
+        folder / f"warm-{seed}",
+        "--seed",
+        seed,
+        "--out",
+        out,
+        "--resume",
+        "auto",
+    ]
     print(" ".join(map(str, command)), flush=True)
     with open(f"{out}.log", "w") as log:
         subprocess.run([*map(str, command)], cwd=code, stdout=log, stderr=subprocess.STDOUT)
@@ -66,12 +92,17 @@ def start(folder: Path, code: Path, way: str, seed: int) -> None:
 
 
 def table(folder: Path, ways: list[str]) -> str:
-    lines = ["| way | " + " | ".join(f"step {step}" for step in (0, 10, FEWER, STEPS)) + " |", "|---" * 5 + "|"]
+    lines = [
+        "| way | " + " | ".join(f"step {step}" for step in (0, 10, FEWER, STEPS)) + " |",
+        "|---" * 5 + "|",
+    ]
     for way in ways:
         found = [evaluations(place(folder, way, seed)) for seed in SEEDS]
         last = STEPS if WAYS[way][2] == "advantages" else FEWER
         columns = [[e[step] for e in found if step <= last] for step in (0, 10, FEWER, STEPS)]
-        cells = [f"{sum(c) / len(c):.3f} ({min(c):.3f} to {max(c):.3f})" if c else "" for c in columns]
+        cells = [
+            f"{sum(c) / len(c):.3f} ({min(c):.3f} to {max(c):.3f})" if c else "" for c in columns
+        ]
         lines.append(f"| {way} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -102,12 +133,23 @@ def main(folder: Path, ways: list[str]) -> None:
     os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1"}
     for seed in SEEDS:
         if not (folder / f"warm-{seed}" / "config.json").exists():
-            program = [sys.executable, ROOT / "tests" / "tiny.py", folder / f"warm-{seed}", "--seed", seed]
-            subprocess.run([*map(str, program)], check=True, env=os.environ | {"OMP_NUM_THREADS": "2"})
+            program = [
+                sys.executable,
+                ROOT / "tests" / "tiny.py",
+                folder / f"warm-{seed}",
+                "--seed",
+                seed,
+            ]
+            subprocess.run(
+                [*map(str, program)], check=True, env=os.environ | {"OMP_NUM_THREADS": "2"}
+            )
     with tempfile.TemporaryDirectory() as hot, ThreadPoolExecutor(2) as pool:
         plant(HOT, Path(hot))
         jobs = [(way, seed) for seed in SEEDS for way in ways]
-        done = [pool.submit(start, folder, Path(hot) if WAYS[way][1] else ROOT, way, seed) for way, seed in jobs]
+        done = [
+            pool.submit(start, folder, Path(hot) if WAYS[way][1] else ROOT, way, seed)
+            for way, seed in jobs
+        ]
         for job in done:
             job.result()
     print(table(folder, ways))

@@ -4,6 +4,7 @@ Pure functions are compared with loops over floats. Whole runs of two steps on t
 computed once more by by_hand.py: plain transformers, one token at a time. The last tests are about the flags: what
 contradicts itself is told with what to change, and no flag or value is without a test.
 """
+
 import json
 import math
 import re
@@ -28,7 +29,9 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # ------------------------------------------------------------------------------------- pure functions, against loops
 
-SHAPES = st.lists(st.tuples(st.integers(1, 4), st.integers(0, 9)), min_size=4, max_size=12)  # (prompt, response)
+SHAPES = st.lists(
+    st.tuples(st.integers(1, 4), st.integers(0, 9)), min_size=4, max_size=12
+)  # (prompt, response)
 
 
 def ragged(shapes, *names, garbage=0.0):
@@ -78,7 +81,9 @@ def test_loss_weights(kind, shapes):
         "constant": lambda: statistics.mean(sum(row) / 20 for row in rows),
     }
     got = (loss * ppo.loss_weights(mask, kind, 20)).sum().item()
-    assert got == pytest.approx(means[kind]() if rows else 0.0, rel=1e-5, abs=1e-7)  # (weights are fp32)
+    assert got == pytest.approx(
+        means[kind]() if rows else 0.0, rel=1e-5, abs=1e-7
+    )  # (weights are fp32)
 
 
 @over(shapes=SHAPES)
@@ -96,7 +101,9 @@ def test_gae_with_a_lambda_for_each_row(shapes):
 NUMBER = st.floats(-3, 3).filter(lambda x: abs(x) > 1e-3)
 
 
-@over(st.lists(st.tuples(NUMBER, NUMBER), min_size=1, max_size=8), st.sampled_from([None, 1.5, 3.0]))
+@over(
+    st.lists(st.tuples(NUMBER, NUMBER), min_size=1, max_size=8), st.sampled_from([None, 1.5, 3.0])
+)
 def test_policy_loss_with_a_dual_clip(pairs, dual):
     """Guards a bound on the wrong side or sign of advantage, and a token that is pushed although it is bounded."""
     log_ratio = torch.tensor([a for a, _ in pairs], dtype=torch.float64, requires_grad=True)
@@ -113,7 +120,10 @@ def test_policy_loss_with_a_dual_clip(pairs, dual):
             objective, free = dual * advantage, False
         assert loss[i].item() == pytest.approx(-objective)
         assert log_ratio.grad[i].item() == pytest.approx(-ratio * advantage if free else 0.0)
-        assert (low[i].item(), high[i].item()) == (ratio < 0.8 and advantage < 0, ratio > 1.28 and advantage > 0)
+        assert (low[i].item(), high[i].item()) == (
+            ratio < 0.8 and advantage < 0,
+            ratio > 1.28 and advantage > 0,
+        )
 
 
 @over(shapes=SHAPES.filter(lambda shapes: any(n for _, n in shapes)))
@@ -123,24 +133,46 @@ def test_calibration_by_quarter(shapes):
     got = ppo.critic_metrics(values, returns, mask)
     for name, rows in (("value", cells(values, mask)), ("return", cells(returns, mask))):
         for q in range(4):
-            part = [x for row in rows for i, x in enumerate(row) if q * len(row) <= 4 * i < (q + 1) * len(row)]
-            assert got.get(f"critic/{name}_q{q + 1}") == (pytest.approx(statistics.mean(part)) if part else None)
+            part = [
+                x
+                for row in rows
+                for i, x in enumerate(row)
+                if q * len(row) <= 4 * i < (q + 1) * len(row)
+            ]
+            assert got.get(f"critic/{name}_q{q + 1}") == (
+                pytest.approx(statistics.mean(part)) if part else None
+            )
     flat_values, flat = ([x for row in cells(x, mask) for x in row] for x in (values, returns))
     error = statistics.pvariance([r - v for r, v in zip(flat, flat_values)])
     variance = statistics.pvariance(flat)
-    assert got["critic/explained_var"] == pytest.approx(1 - error / variance if variance > 1e-8 else 0.0)
-    assert (got["critic/value_min"], got["critic/value_max"]) == (min(flat_values), max(flat_values))
+    assert got["critic/explained_var"] == pytest.approx(
+        1 - error / variance if variance > 1e-8 else 0.0
+    )
+    assert (got["critic/value_min"], got["critic/value_max"]) == (
+        min(flat_values),
+        max(flat_values),
+    )
 
 
-@over(st.lists(st.lists(st.text("01i", min_size=2, max_size=2), min_size=3, max_size=3), min_size=4, max_size=4),
-       st.integers(1, 3))
+@over(
+    st.lists(
+        st.lists(st.text("01i", min_size=2, max_size=2), min_size=3, max_size=3),
+        min_size=4,
+        max_size=4,
+    ),
+    st.integers(1, 3),
+)
 def test_refilled(rounds, limit):
     """Guards rounds that are asked for in vain or not at all, groups that are torn apart or put in another order, and a
     reward that failed on our side (i) taken for an unlike one. A group is two answers: 01 can teach, 00, 0i cannot."""
     asked = []
 
     def make(k):
-        rewards = [{"reward": float(c == "1"), "status": "infra" if c == "i" else "ok"} for g in rounds[k] for c in g]
+        rewards = [
+            {"reward": float(c == "1"), "status": "infra" if c == "i" else "ok"}
+            for g in rounds[k]
+            for c in g
+        ]
         rows = [f"row{k}{i}" for i in range(3) for _ in range(2)]
         samples, texts = ([f"{name}{k}{i}" for i in range(6)] for name in "st")
         return ppo.Answers(rows, samples, texts, rewards)
@@ -157,7 +189,9 @@ def test_refilled(rounds, limit):
         if len(good) >= 3:
             break
     chosen = (good + bad)[:3]
-    got = ppo.refill(make(0), draw, ppo.Args(prompts_per_step=3, samples_per_prompt=2, refill=limit))
+    got = ppo.refill(
+        make(0), draw, ppo.Args(prompts_per_step=3, samples_per_prompt=2, refill=limit)
+    )
     assert asked == list(range(1, last + 1))
     assert got.rows == [f"row{k}{i}" for k, i in chosen for _ in (0, 1)]
     assert got.samples == [f"s{k}{2 * i + j}" for k, i in chosen for j in (0, 1)]
@@ -168,18 +202,26 @@ def test_refilled(rounds, limit):
 def test_records_are_aligned(monkeypatch):
     """Guards colours of a report that stand on the wrong token, and a file that a long response blows up."""
     rows = [{"id": str(b), "prompt": "", "ids": [7] * (1 + b % 3)} for b in range(6)]
-    samples = [rollout.Sample([10 * b + t for t in range(1 + b)], [0.0] * (1 + b), True) for b in range(6)]
+    samples = [
+        rollout.Sample([10 * b + t for t in range(1 + b)], [0.0] * (1 + b), True) for b in range(6)
+    ]
     batch = rollout.collate([row["ids"] for row in rows], samples)
     scored, texts = [{"reward": float(b)} for b in range(6)], [f"text {b}" for b in range(6)]
     numbers = {"values": batch.ids / 3, "advantages": -batch.ids / 7}
     for most in (rollout.MOST_TOKENS, 2):
         monkeypatch.setattr(rollout, "MOST_TOKENS", most)
-        out = rollout.records(9, rows, samples, texts, scored, 3, lambda ids: f"<{ids[0]}>", **numbers)
+        out = rollout.records(
+            9, rows, samples, texts, scored, 3, lambda ids: f"<{ids[0]}>", **numbers
+        )
         assert [row["id"] for row in out] == ["0", "2", "4"]
         for row in out:
             b = int(row["id"])
             ids = samples[b].ids[-most:]
-            assert (row["response"], row["reward"], row["tokens"]) == (f"text {b}", b, [f"<{i}>" for i in ids])
+            assert (row["response"], row["reward"], row["tokens"]) == (
+                f"text {b}",
+                b,
+                [f"<{i}>" for i in ids],
+            )
             assert row["values"] == [round(i / 3, 4) for i in ids]
             assert row["advantages"] == [round(-i / 7, 4) for i in ids]
     assert len(rollout.records(9, rows, samples, texts, scored)) == 6
@@ -196,16 +238,16 @@ RUNS = {
     "decoupled": "--gamma 0.95 --lam 0.9 --critic_lam 1.0 --tis_cap 0 --dtype fp32 lags",
     "critic_epochs": "--lam 0.9 --critic_lam 0.5 --critic_epochs 3 --value_clip 0.01 --loss_mean sequence lags",
     "length": "--lam_adaptive 0.05 --max_new_tokens 40 --loss_mean constant --ppo_epochs 2 --critic_epochs 1 again "
-              "--minibatch_size 32 --clip_low 0.05 --clip_high 0.1 --dual_clip 1.12 --entropy_coef 0.05 --lr 3e-3",
+    "--minibatch_size 32 --clip_low 0.05 --clip_high 0.1 --dual_clip 1.12 --entropy_coef 0.05 --lr 3e-3",
     "warmup": "--critic_warmup 1 --lam 0.8 --critic_lam 0.8 --ppo_epochs 2 --tis_cap 1.5 lags",
     "reward-k3": "--kl_coef 0.2 --kl_in reward --kl_estimator k3 --lam 0.95 --gamma 0.9",
     "loss-k2": "--kl_coef 0.2 --kl_in loss --kl_estimator k2 --ppo_epochs 2 --clip_high 0.28",
     "grpo": "--advantage grpo --loss_mean sequence --kl_coef 0.2 --kl_in loss --kl_estimator k3",
     "rloo": "--advantage rloo --loss_mean constant --kl_coef 0.2 --kl_in reward --kl_estimator k1 --kl_target 0.12 --ppo_epochs 2 "
-            "--steps 3 again",
+    "--steps 3 again",
     "reinforce++": "--advantage reinforce++ --gamma 0.9 --kl_coef 0.2 --kl_in reward --kl_estimator k2 --minibatch_size 32",
     "refill": "--advantage grpo --loss_mean sequence --kl_coef 0.2 --kl_in loss --kl_estimator k3 --refill 3 again",
-}  # fmt: skip
+}
 TWO = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 
 
@@ -220,8 +262,14 @@ def model(tmp_path_factory) -> str:
 def made(request, model, tmp_path_factory) -> Path:
     """The folder of the runs that the chosen tests ask for."""
     folder = tmp_path_factory.mktemp("runs")
-    chosen = [getattr(item, "callspec", None) for item in request.session.items if item.path == Path(__file__)]
-    names = dict.fromkeys(name for spec in chosen if spec for name in spec.params.get("runs", "").split())
+    chosen = [
+        getattr(item, "callspec", None)
+        for item in request.session.items
+        if item.path == Path(__file__)
+    ]
+    names = dict.fromkeys(
+        name for spec in chosen if spec for name in spec.params.get("runs", "").split()
+    )
     jobs = [f"{folder}/{name}=--model {model} {BASE} {RUNS[name]}" for name in names]
     subprocess.run([sys.executable, "tests/by_hand.py", *jobs], cwd=ROOT, timeout=280, check=True)
     return folder
@@ -234,13 +282,19 @@ def lines(file: Path) -> list[dict]:
 def rows_of(out: Path) -> list[dict]:
     """The metrics of a run that has reached its end."""
     log = Path(f"{out}.log").read_text()
-    assert (steps := re.search(r"steps \d+ to (\d+)", log)) and f"step {steps[1]:>4}/{steps[1]}" in log, log[-3000:]
+    assert (
+        steps := re.search(r"steps \d+ to (\d+)", log)
+    ) and f"step {steps[1]:>4}/{steps[1]}" in log, log[-3000:]
     return lines(out / "metrics.jsonl")
 
 
 def numbers(row: dict) -> dict:
     """A row without what depends on the clock."""
-    return {k: v for k, v in row.items() if not k.startswith(("time/", "perf/")) and "tokens_per_s" not in k}
+    return {
+        k: v
+        for k, v in row.items()
+        if not k.startswith(("time/", "perf/")) and "tokens_per_s" not in k
+    }
 
 
 @pytest.mark.parametrize("runs", [name for name in RUNS if name != "refill"])
@@ -257,17 +311,26 @@ def test_two_steps_by_hand(made, model, runs):
             hand.follow(start)
         expected = hand.step(step, str(start / "policy") if step else model)
         for key, x in expected.items():
-            close = pytest.approx(x, rel=1e-6) if key == "policy/kl_coef" else pytest.approx(x, rel=1e-4, abs=2e-6)
+            close = (
+                pytest.approx(x, rel=1e-6)
+                if key == "policy/kl_coef"
+                else pytest.approx(x, rel=1e-4, abs=2e-6)
+            )
             assert row[key] == close, (step, key)
         names = {key for key in row if key.startswith(("policy/", "critic/"))}
-        assert all((f"{part}/loss" in names) == (f"{part}/loss" in expected) for part in ("policy", "critic"))
+        assert all(
+            (f"{part}/loss" in names) == (f"{part}/loss" in expected)
+            for part in ("policy", "critic")
+        )
         shown = [s for s in samples if s["step"] == step + 1]
         assert len(shown) == 8
         for k, sample in enumerate(shown):
             assert sample["tokens"] == hand.tokenizer.convert_ids_to_tokens(hand.answers[8 * k].ids)
             assert sample["advantages"] == pytest.approx(hand.advantages[8 * k], abs=1e-4)
             if flags.advantage == "gae":
-                assert sample["values"] == pytest.approx([v.item() for v in hand.old_values[8 * k]], abs=1e-4)
+                assert sample["values"] == pytest.approx(
+                    [v.item() for v in hand.old_values[8 * k]], abs=1e-4
+                )
     hand.follow(out / "checkpoints" / f"step_{flags.steps}")
     assert step + 1 == flags.steps
     assert ("critic none" in Path(f"{out}.log").read_text()) == (flags.advantage != "gae")
@@ -294,13 +357,28 @@ def test_refill_on_any_number_of_ranks(made, model, runs):
     groups that ranks choose differently, and denominators of GRPO's means that know one rank only."""
     refilled, plain = rows_of(made / "refill"), rows_of(made / "grpo")
     command = [sys.executable, *TWO, "tests/toy.py", made / "two", "--model", model, *BASE.split()]
-    command += [word for word in RUNS["refill"].split() if word not in OURS] + ["--offload", "policy", "reference"]
+    command += [word for word in RUNS["refill"].split() if word not in OURS] + [
+        "--offload",
+        "policy",
+        "reference",
+    ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
-    assert all(a["reward/alike_frac"] < b["reward/alike_frac"] - 0.2 for a, b in zip(refilled, plain))
-    keys = ["policy/loss", "policy/grad_norm", "policy/entropy", "reward/mean", "reward/alike_frac", "policy/ref_kl"]
+    assert all(
+        a["reward/alike_frac"] < b["reward/alike_frac"] - 0.2 for a, b in zip(refilled, plain)
+    )
+    keys = [
+        "policy/loss",
+        "policy/grad_norm",
+        "policy/entropy",
+        "reward/mean",
+        "reward/alike_frac",
+        "policy/ref_kl",
+    ]
     for row, expected in zip(lines(made / "two" / "metrics.jsonl"), refilled, strict=True):
-        assert [row[key] for key in keys] == pytest.approx([expected[key] for key in keys], rel=1e-4, abs=1e-6)
+        assert [row[key] for key in keys] == pytest.approx(
+            [expected[key] for key in keys], rel=1e-4, abs=1e-6
+        )
     groups = defaultdict(list)
     for sample in lines(made / "refill" / "samples.jsonl"):
         groups[sample["step"]].append(sample["id"])
@@ -336,7 +414,9 @@ def test_contradictions(words, model):
     flags = ["--model", model, *BASE.split(), *words.split()]
     with pytest.raises(ValueError, match=CONTRADICTIONS[words]):
         ppo.check(ppo.parse_args(flags), 1)
-    ppo.check(ppo.parse_args(flags[: -len(words.split())]), 1)  # without them there is nothing to say
+    ppo.check(
+        ppo.parse_args(flags[: -len(words.split())]), 1
+    )  # without them there is nothing to say
 
 
 def given(name: str) -> set[str]:
@@ -344,7 +424,12 @@ def given(name: str) -> set[str]:
     gap, out = r"""["']?\s*,\s*f?["']?""", set()
     for file in (ROOT / "tests").glob("*.py"):
         text = file.read_text()
-        for before in (rf"--{name} ", rf"--{name}{gap}", rf"\b{name}=[\"']?", rf"[\"']{name}[\"']:\s*[\"']?"):
+        for before in (
+            rf"--{name} ",
+            rf"--{name}{gap}",
+            rf"\b{name}=[\"']?",
+            rf"[\"']{name}[\"']:\s*[\"']?",
+        ):
             out |= set(re.findall(before + r"""([^\s"',)\]}]+)""", text))
         for words in re.findall(rf"--{name}((?:[\"', ]+\w+)+)", text):
             out |= set(re.findall(r"\w+", words))
@@ -367,7 +452,11 @@ def test_every_flag_and_value_is_in_a_test():
         else:
             others = found - {str(default), repr(default)}
         missing += [] if others else [f"--{flag.name} {found}"]
-        literals = [kind for kind in (kinds[flag.name], *get_args(kinds[flag.name])) if get_origin(kind) is Literal]
+        literals = [
+            kind
+            for kind in (kinds[flag.name], *get_args(kinds[flag.name]))
+            if get_origin(kind) is Literal
+        ]
         wanted = {value for kind in literals for value in get_args(kind)} - {default}
         missing += [f"--{flag.name} {value}" for value in wanted - found]
     assert not missing, missing

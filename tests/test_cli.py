@@ -1,4 +1,5 @@
 """What a user types: flags, mistakes, the dry run, the programs that each file is."""
+
 import json
 import shutil
 import subprocess
@@ -14,11 +15,23 @@ SIZES = {"prompts_per_step": 64, "max_prompt_tokens": 32, "max_new_tokens": 128}
 
 
 def run(*command: str, cwd: Path = ROOT) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, *map(str, command)], cwd=cwd, capture_output=True, text=True, timeout=200)
+    return subprocess.run(
+        [sys.executable, *map(str, command)], cwd=cwd, capture_output=True, text=True, timeout=200
+    )
 
 
 def test_flags_are_flat_and_typed(tiny):
-    args = ppo.parse_args(["--model", tiny, "--clip_high", "0.28", "--no_gradient_checkpointing", "--samples_per_prompt", "4"])
+    args = ppo.parse_args(
+        [
+            "--model",
+            tiny,
+            "--clip_high",
+            "0.28",
+            "--no_gradient_checkpointing",
+            "--samples_per_prompt",
+            "4",
+        ]
+    )
     assert (args.clip_low, args.clip_high, args.gradient_checkpointing) == (0.2, 0.28, False)
     assert (args.batch_size, args.minibatch) == (1024, 1024)
 
@@ -80,19 +93,59 @@ def test_good_flags_pass(tiny, tmp_path):
 
 
 def test_a_long_prompt_is_an_error_with_numbers(tiny, tmp_path):
-    said = run("ppo.py", "--model", tiny, "--task", "countdown3", "--engine", "torch", "--max_prompt_tokens", "8",
-               "--max_new_tokens", "8", "--prompts_per_step", "4", "--out", tmp_path / "run")  # fmt: skip
+    said = run(
+        "ppo.py",
+        "--model",
+        tiny,
+        "--task",
+        "countdown3",
+        "--engine",
+        "torch",
+        "--max_prompt_tokens",
+        "8",
+        "--max_new_tokens",
+        "8",
+        "--prompts_per_step",
+        "4",
+        "--out",
+        tmp_path / "run",
+    )
     assert said.returncode != 0 and "allowed are 1 to max_prompt_tokens=8" in said.stderr
 
 
 def test_dry_run(tiny, tmp_path):
     """--steps 0 loads everything, prints the plan, samples and scores one batch, and trains nothing."""
-    said = run("ppo.py", "--model", tiny, "--task", "countdown", "--template", "chat", "--engine", "torch",
-               "--steps", "0", "--max_prompt_tokens", "100", "--max_new_tokens", "8", "--prompts_per_step", "4",
-               "--kl_coef", "0.1", "--out", tmp_path / "run")  # fmt: skip
+    said = run(
+        "ppo.py",
+        "--model",
+        tiny,
+        "--task",
+        "countdown",
+        "--template",
+        "chat",
+        "--engine",
+        "torch",
+        "--steps",
+        "0",
+        "--max_prompt_tokens",
+        "100",
+        "--max_new_tokens",
+        "8",
+        "--prompts_per_step",
+        "4",
+        "--kl_coef",
+        "0.1",
+        "--out",
+        tmp_path / "run",
+    )
     assert said.returncode == 0, said.stderr[-2000:]
-    assert "plan: 4 prompts x 1 = 4 samples a step" in said.stdout and "one batch: reward" in said.stdout
-    assert "response" in said.stdout and not (tmp_path / "run").exists()  # nothing in the way of the real run
+    assert (
+        "plan: 4 prompts x 1 = 4 samples a step" in said.stdout
+        and "one batch: reward" in said.stdout
+    )
+    assert (
+        "response" in said.stdout and not (tmp_path / "run").exists()
+    )  # nothing in the way of the real run
 
 
 @pytest.mark.parametrize("gb, verdict", [(80, "fits in 80 GB"), (0.01, "does not fit in 0.01 GB")])
@@ -100,31 +153,93 @@ def test_the_memory_plan_loads_nothing(tiny, tmp_path, gb, verdict):
     """Guards --plan: the table and the verdict, for GPUs that are not there, without a weight or a row."""
     (tmp_path / "model").mkdir()
     shutil.copy(Path(tiny) / "config.json", tmp_path / "model")
-    said = run("ppo.py", "--model", tmp_path / "model", "--plan", "4", gb,
-               "--max_prompt_tokens", "100", "--max_new_tokens", "100", "--kl_coef", "0.1", "--out", tmp_path)  # fmt: skip
+    said = run(
+        "ppo.py",
+        "--model",
+        tmp_path / "model",
+        "--plan",
+        "4",
+        gb,
+        "--max_prompt_tokens",
+        "100",
+        "--max_new_tokens",
+        "100",
+        "--kl_coef",
+        "0.1",
+        "--out",
+        tmp_path,
+    )
     assert said.returncode == 0, said.stderr[-2000:]
-    assert verdict in said.stdout and "on each of 4 ranks" in said.stdout and "KV cache" in said.stdout
+    assert (
+        verdict in said.stdout and "on each of 4 ranks" in said.stdout and "KV cache" in said.stdout
+    )
     assert "reference weights" in said.stdout
 
 
 def test_a_wrong_memory_plan_says_what_is_expected():
     """Guards --plan, which tyro does not read."""
     said = run("ppo.py", "--plan", "4", "--model", "x")
-    assert said.returncode == 1 and "as in --plan 4 80" in said.stderr and "Traceback" not in said.stderr
+    assert (
+        said.returncode == 1
+        and "as in --plan 4 80" in said.stderr
+        and "Traceback" not in said.stderr
+    )
 
 
 def test_evaluation_alone(tiny, tmp_path):
     """Guards --steps 0 with --eval_every: of a checkpoint, it says what the run itself said of it, and keeps every answer."""
-    flags = ["--task", "countdown3", "--engine", "torch", "--max_prompt_tokens", "64", "--max_new_tokens", "8", "--lr", "1e-2",
-             "--entropy_coef", "1", "--eval_rows", "6", "--eval_samples", "3", "--prompts_per_step", "8"]  # fmt: skip
-    ran = run("ppo.py", *flags, "--model", tiny, "--steps", "1", "--eval_every", "1", "--out", tmp_path / "run")
+    flags = [
+        "--task",
+        "countdown3",
+        "--engine",
+        "torch",
+        "--max_prompt_tokens",
+        "64",
+        "--max_new_tokens",
+        "8",
+        "--lr",
+        "1e-2",
+        "--entropy_coef",
+        "1",
+        "--eval_rows",
+        "6",
+        "--eval_samples",
+        "3",
+        "--prompts_per_step",
+        "8",
+    ]
+    ran = run(
+        "ppo.py",
+        *flags,
+        "--model",
+        tiny,
+        "--steps",
+        "1",
+        "--eval_every",
+        "1",
+        "--out",
+        tmp_path / "run",
+    )
     assert ran.returncode == 0, ran.stderr[-2000:]
     policy = tmp_path / "run" / "checkpoints" / "step_1" / "policy"
-    said = run("ppo.py", *flags, "--model", policy, "--steps", "0", "--eval_every", "1", "--out", tmp_path / "eval")
+    said = run(
+        "ppo.py",
+        *flags,
+        "--model",
+        policy,
+        "--steps",
+        "0",
+        "--eval_every",
+        "1",
+        "--out",
+        tmp_path / "eval",
+    )
     assert said.returncode == 0, said.stderr[-2000:]
     before, after = [json.loads(line) for line in open(tmp_path / "run" / "metrics.jsonl")]
     (alone,) = [json.loads(line) for line in open(tmp_path / "eval" / "metrics.jsonl")]
-    assert {key: alone[key] for key in after if key.startswith("eval/")} == {k: v for k, v in after.items() if "eval/" in k}
+    assert {key: alone[key] for key in after if key.startswith("eval/")} == {
+        k: v for k, v in after.items() if "eval/" in k
+    }
     assert "eval/pass_at_2" in alone and alone != before and "eval/correct" in said.stdout
     assert sum(1 for _ in open(tmp_path / "eval" / "samples.jsonl")) == 18
 
@@ -133,9 +248,31 @@ def test_checkpoints_are_ordinary_folders(tiny, tmp_path):
     """Guards the export: policy and critic load by from_pretrained, with the trained weights."""
     from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, AutoTokenizer
 
-    said = run("ppo.py", "--model", tiny, "--task", "countdown3", "--engine", "torch", "--steps", "1", "--lr", "1e-2",
-               "--max_prompt_tokens", "64", "--max_new_tokens", "8", "--prompts_per_step", "4", "--kl_coef", "0.1",
-               "--entropy_coef", "0.1", "--out", tmp_path / "run")  # fmt: skip
+    said = run(
+        "ppo.py",
+        "--model",
+        tiny,
+        "--task",
+        "countdown3",
+        "--engine",
+        "torch",
+        "--steps",
+        "1",
+        "--lr",
+        "1e-2",
+        "--max_prompt_tokens",
+        "64",
+        "--max_new_tokens",
+        "8",
+        "--prompts_per_step",
+        "4",
+        "--kl_coef",
+        "0.1",
+        "--entropy_coef",
+        "0.1",
+        "--out",
+        tmp_path / "run",
+    )
     assert said.returncode == 0, said.stderr[-2000:]
     folder = tmp_path / "run" / "checkpoints" / "step_1"
     before = AutoModelForCausalLM.from_pretrained(tiny)

@@ -1,4 +1,5 @@
-"""The programs that data.py, rewards.py, rollout.py and kernels.py are: what they print is true, faults end them."""
+"""data.py as a program, tools/score.py and tools/sample.py: what they print is true."""
+
 import json
 import re
 import subprocess
@@ -7,14 +8,14 @@ from pathlib import Path
 
 import fixtures
 import pytest
-from planted import Bug, plant
 
 ROOT = Path(__file__).resolve().parent.parent
-COUNTDOWN = ["rewards.py", "--task", "countdown"]
 
 
 def run(*command, cwd: Path = ROOT) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, *map(str, command)], cwd=cwd, capture_output=True, text=True, timeout=200)
+    return subprocess.run(
+        [sys.executable, *map(str, command)], cwd=cwd, capture_output=True, text=True, timeout=200
+    )
 
 
 def good(*command) -> str:
@@ -26,7 +27,10 @@ def good(*command) -> str:
 def test_rows_are_shown_as_they_are_fed(tiny, tmp_path):
     """Guards `python data.py`: the number of rows, the template, the count of tokens, the load report."""
     said = good("data.py", "--task", "countdown3", "--show", 4)
-    assert len(re.findall(r"^countdown-train-\d \(countdown, uncounted tokens\)", said, re.MULTILINE)) == 4
+    assert (
+        len(re.findall(r"^countdown-train-\d \(countdown, uncounted tokens\)", said, re.MULTILINE))
+        == 4
+    )
     assert '"target": 38' in said and said.count("<think>\n") == 4
     fixtures.eurus_folder(tmp_path)
     files = ["--task", "math,code", "--data", tmp_path, "--template", "chat"]
@@ -47,11 +51,8 @@ def test_wrong_tasks_are_named(flags, says):
     assert said.returncode == 1 and said.stderr.startswith("data.py: ") and says in said.stderr
 
 
-def test_typical_answers_and_a_file_of_them(tmp_path):
-    """Guards `python rewards.py`: verdicts of the table and of a JSONL file, lines that lack something, bad rows."""
-    said = good("rewards.py", "--task", "math")
-    assert re.search(r"^math +ok +1 +'\\\\frac24' ", said, re.MULTILINE), said
-    assert "countdown" not in said and "9 responses" in said and "expected" not in said
+def test_a_file_of_responses(tmp_path):
+    """Guards `python tools/score.py`: verdicts of a JSONL file, lines that lack something, bad rows."""
     sums = {"numbers": [1, 2, 3], "target": 6}
     lines = [
         {"task": "countdown", "answer": sums, "response": "<answer>1+2+3</answer>", "id": "a"},
@@ -60,24 +61,53 @@ def test_typical_answers_and_a_file_of_them(tmp_path):
         {"task": "math", "answer": "0.5", "text": r"\boxed{2}"},
     ]
     fixtures.jsonl(tmp_path / "in.jsonl", lines)
-    said = good("rewards.py", tmp_path / "in.jsonl", "--out", tmp_path / "out.jsonl")
+    said = good("tools/score.py", tmp_path / "in.jsonl", "--out", tmp_path / "out.jsonl")
+    assert re.search(r"^math +ok +1 +'\\\\frac12' +line 2$", said, re.MULTILINE), said
     assert "4 responses" in said and "correct 0.5" in said and "no_answer_frac 0.25" in said
     out = [json.loads(line) for line in open(tmp_path / "out.jsonl")]
     assert [line["verdict"]["status"] for line in out] == ["ok", "ok", "no_answer", "wrong"]
     assert all(line.items() <= judged.items() for line, judged in zip(lines, out))
-    sample = {"step": 1, "id": "x", "prompt": "?", "response": r"\boxed{2}", "status": "wrong", "answer": "2"}
+    sample = {
+        "step": 1,
+        "id": "x",
+        "prompt": "?",
+        "response": r"\boxed{2}",
+        "status": "wrong",
+        "answer": "2",
+    }
     bad = {"task": "countdown", "answer": "22", "response": "<answer>22</answer>"}
-    for line, says in ((sample, 'line 2: there is no "task", no "answer"'), (bad, "line 2: its answer cannot be used")):
+    unknown = lines[0] | {"task": "maths"}
+    for line, says in (
+        (sample, 'line 2: there is no "task", no "answer"'),
+        (bad, "line 2: its answer cannot be used"),
+        (unknown, "bad.jsonl: no reward for task 'maths': add it to REWARDS"),
+    ):
         fixtures.jsonl(tmp_path / "bad.jsonl", [lines[0], line])
-        said = run("rewards.py", tmp_path / "bad.jsonl")
+        said = run("tools/score.py", tmp_path / "bad.jsonl")
         assert said.returncode == 1 and says in said.stderr, said.stderr
-    assert "use countdown, math or code" in run("rewards.py", "--task", "maths").stderr
+    (tmp_path / "bad.jsonl").write_text("\n")
+    assert "line 1: no JSON object" in run("tools/score.py", tmp_path / "bad.jsonl").stderr
+    (tmp_path / "bad.jsonl").write_text("")
+    assert "bad.jsonl has no lines" in run("tools/score.py", tmp_path / "bad.jsonl").stderr
+    assert "tools/score.py" in run("rewards.py").stderr
 
 
 @pytest.mark.parametrize("engine", ["torch", "vllm"])
 def test_engines_are_as_far_from_transformers_as_rounding(tiny, engine):
     """Guards `python tools/sample.py`: samples of each prompt, and the gap between engine and trainer."""
-    said = good("tools/sample.py", "--model", tiny, "--engine", engine, "--max_new_tokens", 6, "--temperature", 0.7)
+    said = good(
+        "tools/sample.py",
+        "--model",
+        tiny,
+        "--engine",
+        engine,
+        "--max_new_tokens",
+        6,
+        "--temperature",
+        0.7,
+    )
     assert len(re.findall(r"^  (?:cut, 6|finished, \d) tokens, gap ", said, re.MULTILINE)) == 4
-    (gap,) = re.findall(rf"^{engine}: mean \|log-prob difference\| (\S+), largest", said, re.MULTILINE)
+    (gap,) = re.findall(
+        rf"^{engine}: mean \|log-prob difference\| (\S+), largest", said, re.MULTILINE
+    )
     assert 0 <= float(gap) < 1e-4

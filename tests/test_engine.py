@@ -1,4 +1,5 @@
 """The two engines, and vLLM on one rank and on two: same weights, same answers."""
+
 import json
 import subprocess
 import sys
@@ -22,10 +23,23 @@ WAYS = {  # name -> engine, temperature, ranks, tp
 }
 
 
-def ask(model: str, engine: str, temperature: float, ranks: int, tp: int, *stop: str) -> subprocess.Popen:
+def ask(
+    model: str, engine: str, temperature: float, ranks: int, tp: int, *stop: str
+) -> subprocess.Popen:
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
-    command = [sys.executable, *(launch if ranks > 1 else []), "tests/sample.py", model, engine, tp, temperature, *stop]
-    return subprocess.Popen(map(str, command), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    command = [
+        sys.executable,
+        *(launch if ranks > 1 else []),
+        "tests/sample.py",
+        model,
+        engine,
+        tp,
+        temperature,
+        *stop,
+    ]
+    return subprocess.Popen(
+        map(str, command), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +68,9 @@ def check_logprobs(model: str, drawn: dict, temperature: float) -> None:
     for i, (response, logprobs, finished) in enumerate(drawn["samples"]):
         prompt = drawn["prompts"][i]
         with torch.no_grad():
-            logits = reference(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1] / (temperature or 1)
+            logits = reference(torch.tensor([prompt + response])).logits[
+                0, len(prompt) - 1 : -1
+            ] / (temperature or 1)
         expected = torch.log_softmax(logits, -1).gather(1, torch.tensor(response)[:, None])[:, 0]
         assert torch.allclose(torch.tensor(logprobs), expected, atol=1e-4)
         assert finished == (response[-1] == reference.config.eos_token_id)
@@ -96,27 +112,67 @@ def test_stop_texts_end_a_response(tiny, answers):
         end = next(ends, None)
         expected.append((response[:end], finished or end is not None))
     assert any(len(cut) < len(response) for (cut, _), response in zip(expected, whole))
-    for process in [ask(tiny, engine, 0.0, 1, 1, stop, "not to be found") for engine in ("vllm", "torch")]:
-        assert [(response, finished) for response, _, finished in answered(process)["samples"]] == expected
+    for process in [
+        ask(tiny, engine, 0.0, 1, 1, stop, "not to be found") for engine in ("vllm", "torch")
+    ]:
+        assert [
+            (response, finished) for response, _, finished in answered(process)["samples"]
+        ] == expected
 
 
-STALE = Bug("one-weight-not-synced", "infra/models.py", "        if name not in sent:\n            yield",
-            "        if name not in sent and 'layers.1.mlp.down' not in name:\n            yield", ())
-COLD = Bug("engine-at-temperature-1", "rollout.py", "temperature=temperature,\n                    max_tok", "temperature=1.0,\n                    max_tok", ())
+STALE = Bug(
+    "one-weight-not-synced",
+    "infra/models.py",
+    "        if name not in sent:\n            yield",
+    "        if name not in sent and 'layers.1.mlp.down' not in name:\n            yield",
+    (),
+)
+COLD = Bug(
+    "engine-at-temperature-1",
+    "rollout.py",
+    "temperature=temperature,\n                    max_tok",
+    "temperature=1.0,\n                    max_tok",
+    (),
+)
 
 
 def test_the_canary_stops_a_wrong_engine(tmp_path, tiny):
     """Guards the guard: with a weight that never reaches vLLM, or another temperature there, the run stops itself."""
-    flags = ["--model", tiny, "--out", "run", "--task", "countdown3", "--steps", "9", "--prompts_per_step", "4",
-             "--max_prompt_tokens", "64", "--max_new_tokens", "16", "--max_tokens_per_microbatch", "400",
-             "--lr", "1e-2", "--temperature", "0.7", "--entropy_coef", "0.1"]  # fmt: skip
+    flags = [
+        "--model",
+        tiny,
+        "--out",
+        "run",
+        "--task",
+        "countdown3",
+        "--steps",
+        "9",
+        "--prompts_per_step",
+        "4",
+        "--max_prompt_tokens",
+        "64",
+        "--max_new_tokens",
+        "16",
+        "--max_tokens_per_microbatch",
+        "400",
+        "--lr",
+        "1e-2",
+        "--temperature",
+        "0.7",
+        "--entropy_coef",
+        "0.1",
+    ]
     running = []
     for bug in (STALE, COLD):
         folder = tmp_path / bug.name
         folder.mkdir()
         plant(bug, folder)
         command = [sys.executable, "ppo.py", *flags]
-        running.append(subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+        running.append(
+            subprocess.Popen(
+                command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            )
+        )
     for run in running:
         _, errors = run.communicate(timeout=200)
         assert run.returncode != 0 and "canary" in errors and "stale or wrong weights" in errors

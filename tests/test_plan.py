@@ -1,4 +1,5 @@
 """The memory plan: against numbers by hand, against itself, and against what a run really takes."""
+
 import ctypes
 import gc
 import json
@@ -18,39 +19,65 @@ import ppo  # noqa: E402, I001  (first: the guard for the name `kernels`)
 from transformers import Qwen2Config, Qwen2ForCausalLM  # noqa: E402
 
 import data  # noqa: E402
-import kernels  # noqa: E402
-import costs  # noqa: E402
 import rewards  # noqa: E402
-import runs  # noqa: E402
 import toy  # noqa: E402
+from infra import clock  # noqa: E402
+from tools.plan import memory_plan, model_shape  # noqa: E402
 
 
-def qwen(hidden: int, layers: int, heads: int, mlp: int, tied: bool, vocab: int = 151_936) -> Qwen2Config:
-    sizes = {"hidden_size": hidden, "num_hidden_layers": layers, "num_attention_heads": heads, "vocab_size": vocab}
-    return Qwen2Config(**sizes, num_key_value_heads=2, intermediate_size=mlp, tie_word_embeddings=tied)
+def qwen(
+    hidden: int, layers: int, heads: int, mlp: int, tied: bool, vocab: int = 151_936
+) -> Qwen2Config:
+    sizes = {
+        "hidden_size": hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "vocab_size": vocab,
+    }
+    return Qwen2Config(
+        **sizes, num_key_value_heads=2, intermediate_size=mlp, tie_word_embeddings=tied
+    )
 
 
-HALF, SMALL, LARGE = qwen(896, 24, 14, 4864, True), qwen(1536, 28, 12, 8960, False), qwen(2048, 36, 16, 11008, True)
+HALF = qwen(896, 24, 14, 4864, True)
+SMALL = qwen(1536, 28, 12, 8960, False)
+LARGE = qwen(2048, 36, 16, 11008, True)
 CARD = dict(
-    ranks=4, card_gb=80, bf16=True, gradient_checkpointing=True, max_tokens_per_microbatch=18_000, sequences=256,
-    longest=17_384, tp=1,
-    gpu_memory=0.6, max_seqs=256, engine="vllm", sharded=True,
-)  # fmt: skip
+    ranks=4,
+    card_gb=80,
+    bf16=True,
+    gradient_checkpointing=True,
+    max_tokens_per_microbatch=18_000,
+    sequences=256,
+    longest=17_384,
+    tp=1,
+    gpu_memory=0.6,
+    max_seqs=256,
+    engine="vllm",
+    sharded=True,
+)
 
 
 def plan(model=SMALL, critic=None, reference=None, **flags) -> tuple[dict[str, float], str]:
-    return costs.memory_plan(model, critic or model, reference, **CARD | flags)
+    """GB by item, and of the totals; and what people read."""
+    given = CARD | flags
+    given.setdefault("prompts_per_step", given["sequences"])
+    found = memory_plan(model, critic or model, reference, **given)
+    totals = {f"while {part}": gb for part, gb in found.totals.items()}
+    return found.items | totals, found.text
 
 
 # ------------------------------------------------------------------------------------------------------------- by hand
 
 
-@pytest.mark.parametrize("config, published", [(HALF, 494_032_768), (SMALL, 1_777_088_000), (LARGE, 3_085_938_688)])
+@pytest.mark.parametrize(
+    "config, published", [(HALF, 494_032_768), (SMALL, 1_777_088_000), (LARGE, 3_085_938_688)]
+)
 def test_parameters_are_the_published_numbers(config, published):
     """Guards a tied head counted twice (the first and the third), an untied one once, and a critic with a head."""
-    assert costs.model_shape(config, critic=False).params == published
+    assert model_shape(config, critic=False).params == published
     without_head = published - (0 if config.tie_word_embeddings else 151_936 * 1536)
-    assert costs.model_shape(config, critic=True).params == without_head + config.hidden_size + 1
+    assert model_shape(config, critic=True).params == without_head + config.hidden_size + 1
 
 
 def test_numbers_by_hand():
@@ -63,20 +90,25 @@ def test_numbers_by_hand():
         "policy Adam states": 8 * policy / 4,
         "critic Adam states": 8 * critic / 4,
         "reference weights": 4 * 494_032_768 / 4,
-        "policy activations": 2 * 18_000 * (28 + 3) * 1536,  # bf16, a checkpoint a layer, the norm and the head
+        # bf16, a checkpoint a layer, the norm and the head
+        "policy activations": 2 * 18_000 * (28 + 3) * 1536,
         "(B, T) tensors": 51 * 256 * 17_384,
         "log-probs, head gradient": 3 * (128 << 20) + (2 + 4) * 18_000 * 1536 + 2 * 151_936 * 1536,
         "engine weights": 2 * policy,
         "KV cache": 0.6 * 80 * gb - 2 * policy - 16_384 * 3 * 2 * (8960 + 1536),
     }
     assert {name: items[name] * gb for name in bytes_by_hand} == pytest.approx(bytes_by_hand)
-    moved = plan(reference=HALF, offload=["critic"], replicas=2)[0]  # the critic is elsewhere, the policy over two ranks
+    # the critic is elsewhere, the policy over two ranks
+    moved, _ = plan(reference=HALF, offload=["critic"], replicas=2)
     assert moved["policy Adam states"] * gb == pytest.approx(8 * policy / 2)
-    assert not {"critic weights", "critic Adam states", "critic gradients"} & moved.keys() and "critic activations" in moved
+    assert not {"critic weights", "critic Adam states", "critic gradients"} & moved.keys()
+    assert "critic activations" in moved
     assert plan(LARGE, tp=2)[0]["engine weights"] * gb == pytest.approx(2 * 3_085_938_688 / 2)
     text = plan(reference=HALF)[1]
-    tokens = bytes_by_hand["KV cache"] / (2 * 2 * 28 * 2 * 128)  # k and v, bf16, 28 layers, two heads of 128
-    assert f"KV cache: {tokens:,.0f} tokens, {tokens / 17_384:.1f} sequences of 17384; 64 want to run" in text
+    token = 2 * 2 * 28 * 2 * 128  # k and v, bf16, 28 layers, two heads of 128
+    tokens = bytes_by_hand["KV cache"] / token
+    held = f"{tokens:,.0f} tokens, {tokens / 17_384:.1f} sequences of 17384"
+    assert f"KV cache: {held}; 64 want to run" in text
 
 
 ON_CPU = {"ranks": 1, "bf16": False, "engine": "torch", "sharded": False}
@@ -87,12 +119,16 @@ def test_the_optimizer_step_by_hand():
     items, _ = plan(SMALL, **ON_CPU, max_tokens_per_microbatch=1, longest=1, sequences=1)
     policy, critic, embedding = 1_777_088_000, 1_543_714_304 + 1537, 151_936 * 1536
     kept = 12 * (policy + critic) + 4 * policy  # weights and states of both, the sampler's copy
-    assert items["while updating"] * 2**30 == pytest.approx(kept + 4 * policy + 4 * embedding, rel=1e-4)
+    assert items["while updating"] * 2**30 == pytest.approx(
+        kept + 4 * policy + 4 * embedding, rel=1e-4
+    )
 
 
 def test_activations_by_hand():
     """Guards the count of what one layer keeps: on CPU 4 bytes of 6 hidden + 3 q + 2 k + 4 MLP elements a token."""
-    items, _ = plan(HALF, **ON_CPU, gradient_checkpointing=False, max_tokens_per_microbatch=1000, longest=1000)
+    items, _ = plan(
+        HALF, **ON_CPU, gradient_checkpointing=False, max_tokens_per_microbatch=1000, longest=1000
+    )
     layer = 6 * 896 + 3 * 896 + 2 * 128 + 4 * 4864
     assert items["policy activations"] * 2**30 == pytest.approx(4 * 1000 * (24 * layer + 4 * 896))
 
@@ -119,26 +155,40 @@ def test_more_of_anything_never_needs_less(model):
         [{"reference": None}, {"reference": HALF}, {"reference": LARGE}],
         [{"critic": HALF}, {"critic": LARGE}],
         [{"replicas": n, "reference": LARGE} for n in (1, 2, 4)],
-        [{"offload": m, "reference": LARGE} for m in (["policy", "critic", "reference"], ["policy", "critic"], ["policy"], [])],
+        [
+            {"offload": m, "reference": LARGE}
+            for m in (["policy", "critic", "reference"], ["policy", "critic"], ["policy"], [])
+        ],
     ):
         found = [totals(**{"model": model} | step) for step in steps]
         for one in zip(*found):
             assert list(one) == sorted(one), steps
-    assert totals(model, gpu_memory=0.4)[1] == totals(model, gpu_memory=0.8)[1]  # the engine sleeps meanwhile
+    # the engine sleeps meanwhile
+    assert totals(model, gpu_memory=0.4)[1] == totals(model, gpu_memory=0.8)[1]
 
 
 def test_the_reference_run_fits():
     """Guards the order of magnitude of the run that this repository is made for: four cards of 80 GB, run_4xh100.sh."""
     items, text = plan(reference=SMALL)
-    assert 55 < items["while sampling"] < 75 and 12 < items["while updating"] < 30 and "\nfits in 80 GB" in text
+    assert 55 < items["while sampling"] < 75
+    assert 12 < items["while updating"] < 30
+    assert "\nfits in 80 GB" in text
     assert totals(reference=SMALL, gpu_memory=0.9)[0] > 80
 
 
 HOPELESS = "no flag is enough alone"
 TIGHT = [  # model, flags, what of the advice must be there
     (SMALL, {"gpu_memory": 0.9}, "gpu_memory"),
-    (SMALL, {"gradient_checkpointing": False, "max_tokens_per_microbatch": 60_000}, "gradient_checkpointing"),
-    (SMALL, {"max_tokens_per_microbatch": 600_000, "longest": 8_000, "sequences": 1024}, "max_tokens_per_microbatch"),
+    (
+        SMALL,
+        {"gradient_checkpointing": False, "max_tokens_per_microbatch": 60_000},
+        "gradient_checkpointing",
+    ),
+    (
+        SMALL,
+        {"max_tokens_per_microbatch": 600_000, "longest": 8_000, "sequences": 1024},
+        "max_tokens_per_microbatch",
+    ),
     (LARGE, {"gpu_memory": 0.6, "ranks": 2, "tp": 2, "longest": 1280}, "GPUs"),
     (LARGE, {"gpu_memory": 0.4, "ranks": 2, "tp": 2, "longest": 1280, "card_gb": 70}, "kl_coef"),
     (LARGE, {"ranks": 1, "longest": 1280, "gpu_memory": 0.2, "sharded": False}, "critic_model"),
@@ -162,7 +212,8 @@ def test_following_the_advice_helps(model, flags, expected):
         for way in [] if line == HOPELESS else line.split(" or "):
             number = (re.findall(r"[\d.,]*\d", way) or [""])[-1].replace(",", "")
             if "gpu_memory" in way:
-                assert fits(what, gpu_memory=float(number)) and not fits(what, gpu_memory=float(number) + 0.01)
+                assert fits(what, gpu_memory=float(number))
+                assert not fits(what, gpu_memory=float(number) + 0.01)
             elif "checkpointing" in way:
                 assert fits(what, gradient_checkpointing=True)
             elif "max_tokens" in way:
@@ -171,17 +222,19 @@ def test_following_the_advice_helps(model, flags, expected):
                 assert fits(what, max_tokens_per_microbatch=limit)
                 assert not fits(what, max_tokens_per_microbatch=limit + 1)
             elif "GPUs" in way:
-                assert int(number) % (CARD | flags)["tp"] == 0 and fits(what, ranks=int(number), sharded=True)
+                assert int(number) % (CARD | flags)["tp"] == 0
+                assert fits(what, ranks=int(number), sharded=True)
             elif "offload" in way:
                 *milder, _ = models = way.removeprefix("--offload ").split()
-                assert fits(what, offload=models, sharded=True) and not fits(what, offload=milder, sharded=True)
+                assert fits(what, offload=models, sharded=True)
+                assert not fits(what, offload=milder, sharded=True)
             elif "kl_coef" in way:
                 assert fits(what, reference=None)
             else:  # the nearest real one below: fewer layers of the same kind
                 layers = range(1, 36)
-                sizes = {n: costs.model_shape(qwen(2048, n, 16, 11008, True), True).params for n in layers}
-                critic = qwen(2048, max(n for n in layers if sizes[n] <= int(number)), 16, 11008, True)
-                assert "critic_model" in way and fits(what, critic=critic)
+                critics = [qwen(2048, n, 16, 11008, True) for n in layers]
+                small = [c for c in critics if model_shape(c, True).params <= int(number)]
+                assert "critic_model" in way and fits(what, critic=small[-1])
 
 
 def test_a_cache_that_is_too_small_is_said():
@@ -214,7 +267,9 @@ def shape(hidden: int, layers: int, vocab: int, tied: bool) -> dict:
 
 JOBS = {  # by what takes most; as much memory for as few operations as can be
     "Adam states": Job(shape(384, 4, 12_000, tied=False), rows=4, prompt=60, new=4),
-    "activations": Job(shape(128, 6, 512, tied=True), rows=48, prompt=60, new=4, checkpointing=False),
+    "activations": Job(
+        shape(128, 6, 512, tied=True), rows=48, prompt=60, new=4, checkpointing=False
+    ),
     "one layer": Job(shape(128, 2, 512, tied=True), rows=160, prompt=60, new=4),
     "log-probs": Job(shape(128, 2, 16_000, tied=True), rows=32, prompt=4, new=28),
 }
@@ -222,7 +277,10 @@ JOBS = {  # by what takes most; as much memory for as few operations as can be
 
 def load_long(split: str, seed: int, template: str) -> list[dict]:
     rows = toy.load_toy(split, seed, template)
-    return [row | {"task": "long", "prompt": row["answer"] * (load_long.tokens - 1) + "="} for row in rows]
+    return [
+        row | {"task": "long", "prompt": row["answer"] * (load_long.tokens - 1) + "="}
+        for row in rows
+    ]
 
 
 def train(out: str, model: str, job: Job) -> float:
@@ -231,16 +289,16 @@ def train(out: str, model: str, job: Job) -> float:
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # the peak is what there is now
-    before = runs.memory_peak()
-    # fmt: off
-    rows = ppo.train(ppo.parse_args([
-        "--out", out, "--model", model, "--task", "long", "--engine", "torch", "--steps", "2",
-        "--prompts_per_step", str(2 * job.rows), "--max_prompt_tokens", str(job.prompt),
-        "--max_new_tokens", str(job.new), "--max_tokens_per_microbatch", str(job.budget),
-        "--gradient_checkpointing" if job.checkpointing else "--no-gradient_checkpointing",
-    ]))
-    # fmt: on
-    return max(runs.memory_peak(), *(row["perf/peak_gb"] for row in rows)) - before
+    before = clock.memory_peak()
+    flags = (
+        f"--task long --engine torch --steps 2 --prompts_per_step {2 * job.rows} "
+        f"--max_prompt_tokens {job.prompt} --max_new_tokens {job.new} "
+        f"--max_tokens_per_microbatch {job.budget} --gradient_checkpointing"
+    ).split()
+    if not job.checkpointing:
+        flags.append("--no-gradient_checkpointing")
+    rows = ppo.train(ppo.parse_args(["--out", out, "--model", model, *flags]))
+    return max(clock.memory_peak(), *(row["perf/peak_gb"] for row in rows)) - before
 
 
 @pytest.fixture(scope="module")
@@ -252,25 +310,40 @@ def measured(tmp_path_factory) -> dict[str, float]:
         special = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None}
         Qwen2ForCausalLM(Qwen2Config(**job.shape | special)).save_pretrained(at / name)
     # every tensor worth counting gets pages of its own, which go back at once: the peak is what was alive
-    env = os.environ | {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072", "MALLOC_ARENA_MAX": "1"}
-    env |= {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}  # in large pages, where there are: half the time
-    run = subprocess.run([sys.executable, __file__, str(at)], env=env, capture_output=True, text=True)
+    env = os.environ | {
+        "MALLOC_MMAP_THRESHOLD_": "131072",
+        "MALLOC_TRIM_THRESHOLD_": "131072",
+        "MALLOC_ARENA_MAX": "1",
+    }
+    env |= {
+        "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"
+    }  # in large pages, where there are: half the time
+    run = subprocess.run(
+        [sys.executable, __file__, str(at)], env=env, capture_output=True, text=True
+    )
     assert run.returncode == 0, run.stdout + run.stderr
     return json.loads(run.stdout.splitlines()[-1])
 
 
-@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="needs /proc/self/clear_refs")
+@pytest.mark.skipif(
+    not os.access("/proc/self/clear_refs", os.W_OK), reason="needs /proc/self/clear_refs"
+)
 @pytest.mark.parametrize("name", JOBS)
 def test_the_plan_is_what_a_run_takes(name, measured):
     """Guards every item that the plan forgets, and every copy that the trainer starts to keep."""
     job = JOBS[name]
     items, _ = plan(
-        Qwen2Config(**job.shape), **ON_CPU, gradient_checkpointing=job.checkpointing,
+        Qwen2Config(**job.shape),
+        **ON_CPU,
+        gradient_checkpointing=job.checkpointing,
         max_tokens_per_microbatch=job.budget,
-        sequences=2 * job.rows, longest=job.prompt + job.new,
-    )  # fmt: skip
+        sequences=2 * job.rows,
+        longest=job.prompt + job.new,
+    )
     total = max(gb for item, gb in items.items() if item.startswith("while "))
-    print(f"{name}: planned {total:.3f} GB, measured {measured[name]:.3f} GB, ratio {total / measured[name]:.3f}")
+    print(
+        f"{name}: planned {total:.3f} GB, measured {measured[name]:.3f} GB, ratio {total / measured[name]:.3f}"
+    )
     assert abs(total / measured[name] - 1) < 0.2
 
 

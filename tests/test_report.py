@@ -1,4 +1,5 @@
-"""report.py in a real browser: a real run of the toy task, made-up seeds, hostile samples."""
+"""tools/report.py in a real browser: a real run of the toy task, made-up seeds, hostile samples."""
+
 import json
 import os
 import random
@@ -13,7 +14,7 @@ from pathlib import Path
 import browser
 import pytest
 
-import report
+from tools import report
 
 ROOT = Path(__file__).resolve().parent.parent
 HOSTILE = (
@@ -26,7 +27,12 @@ def tokens_of(sample: dict, rng: random.Random, critic: bool = True) -> dict:
     """What the trainer adds to samples of training steps, where it has not."""
     texts = sample.get("tokens") or re.findall(r"\s*\w{1,5}|[^\w]", sample["response"]) or [""]
     numbers = {"advantages": [rng.gauss(0, 1) for _ in texts]}
-    return sample | {"tokens": texts} | numbers | ({"values": [rng.random() for _ in texts]} if critic else {})
+    return (
+        sample
+        | {"tokens": texts}
+        | numbers
+        | ({"values": [rng.random() for _ in texts]} if critic else {})
+    )
 
 
 def make(folder: Path, steps: int, rows=(), samples=(), **flags) -> Path:
@@ -39,9 +45,19 @@ def make(folder: Path, steps: int, rows=(), samples=(), **flags) -> Path:
     (folder / "config.json").write_text(json.dumps(config | flags))
     made = [{"step": 0, "eval/correct": 0.1}] * bool(steps)
     for step in range(1, steps + 1):
-        made.append({"step": step, "reward/mean": rng.random(), "reward/correct": rng.random(), "time/sample": 1.0,
-                     "time/update": 2.0, "time/step": 3.0, "policy/entropy": rng.random(), "toy/odd": 1.0,
-                     "mismatch/logp_abs_mean": 1e-6 * (1 + rng.random())})  # fmt: skip
+        made.append(
+            {
+                "step": step,
+                "reward/mean": rng.random(),
+                "reward/correct": rng.random(),
+                "time/sample": 1.0,
+                "time/update": 2.0,
+                "time/step": 3.0,
+                "policy/entropy": rng.random(),
+                "toy/odd": 1.0,
+                "mismatch/logp_abs_mean": 1e-6 * (1 + rng.random()),
+            }
+        )
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*made, *rows]))
     (folder / "samples.jsonl").write_text("".join(json.dumps(sample) + "\n" for sample in samples))
     return folder
@@ -51,10 +67,20 @@ def answers(steps: int, each: int, length: int = 6) -> list[dict]:
     """Samples: the first of each step right, the second cut, the others wrong."""
     rng, rows = random.Random(0), []
     for step, i in ((step, i) for step in range(1, steps + 1) for i in range(each)):
-        text = " ".join(rng.choice(("seven", "one", "two", "3+4=7", "maybe")) for _ in range(length))
+        text = " ".join(
+            rng.choice(("seven", "one", "two", "3+4=7", "maybe")) for _ in range(length)
+        )
         text = text + (f"</think><answer>{step}-{i}</answer>" if i != 1 else "")
-        row = {"step": step, "id": f"{step}-{i}", "prompt": "Add.\n<think>", "response": text, "finished": i != 1,
-               "reward": float(i == 0), "correct": float(i == 0), "status": "ok" if i == 0 else "wrong"}  # fmt: skip
+        row = {
+            "step": step,
+            "id": f"{step}-{i}",
+            "prompt": "Add.\n<think>",
+            "response": text,
+            "finished": i != 1,
+            "reward": float(i == 0),
+            "correct": float(i == 0),
+            "status": "ok" if i == 0 else "wrong",
+        }
         rows.append(tokens_of(row, rng))
     return rows
 
@@ -86,23 +112,35 @@ def chromium():
 
 def page(*folders: Path, **options) -> Path:
     path = folders[0] / "report.html"
-    path.write_text(report.build([report.read_run(folder) for folder in folders], **options), encoding="utf-8")
+    path.write_text(
+        report.build([report.read_run(folder) for folder in folders], **options), encoding="utf-8"
+    )
     return path
 
 
 def test_a_real_run(toy, chromium):
     """Guards against a page that raises, asks for anything, or shows no curves, no numbers and no samples of a run
     that ppo.py has made; and against one without --png that is not written where the message says."""
-    done = subprocess.run([sys.executable, ROOT / "report.py", toy], capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0 and str(toy / "report.html") in done.stdout and "after 12 steps" in done.stdout
+    done = subprocess.run(
+        [sys.executable, ROOT / "tools/report.py", toy], capture_output=True, text=True, timeout=60
+    )
+    assert (
+        done.returncode == 0
+        and str(toy / "report.html") in done.stdout
+        and "after 12 steps" in done.stdout
+    )
     chromium.open(toy / "report.html")
     assert chromium.complaints() == []
     rows = [json.loads(line) for line in open(toy / "metrics.jsonl")]
     for section in ("reward", "policy", "critic", "mismatch", "time", "perf"):
-        assert chromium.js(f"document.querySelectorAll('#{section} svg.plot path').length") > 0, section
+        assert chromium.js(f"document.querySelectorAll('#{section} svg.plot path').length") > 0, (
+            section
+        )
     points = "document.querySelector('#policy path.curve').getAttribute('d').split('L').length"
     assert chromium.js(points) == len([row for row in rows if "policy/entropy" in row])
-    assert chromium.js("[...document.querySelectorAll('figure')].every(f => f.querySelector('svg.plot'))")
+    assert chromium.js(
+        "[...document.querySelectorAll('figure')].every(f => f.querySelector('svg.plot'))"
+    )
     last = f"{rows[-1]['eval/correct']:.4g}"
     assert last in chromium.js("document.getElementById('runs').innerText")
     chromium.js("document.querySelector('#others').open = true")
@@ -113,15 +151,22 @@ def test_a_real_run(toy, chromium):
 
 def test_hover_and_keys_show_the_numbers(tmp_path, chromium):
     """Guards the numbers under the pointer: those of the nearest step, of every seed's group."""
-    chromium.open(page(make(tmp_path / "run", 0, [{"step": i, "reward/mean": i / 8} for i in range(1, 5)])))
+    chromium.open(
+        page(make(tmp_path / "run", 0, [{"step": i, "reward/mean": i / 8} for i in range(1, 5)]))
+    )
     svg = "document.querySelector('#reward svg.plot')"
     box = chromium.js(f"(r => [r.left, r.top, r.width, r.height])({svg}.getBoundingClientRect())")
-    chromium.js("document.getElementById('smooth').value = 0; document.getElementById('smooth').dispatchEvent("
-                "new Event('input'))")  # fmt: skip
+    chromium.js(
+        "document.getElementById('smooth').value = 0; document.getElementById('smooth').dispatchEvent("
+        "new Event('input'))"
+    )
     x, y = box[0] + box[2] - 12, box[1] + box[3] / 2
     chromium.call("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
     tip = "document.querySelector('#reward .tip')"
-    assert chromium.js(f"{tip}.hidden") is False and chromium.js(f"{tip}.innerText") == "step 4\nrun: 0.5"
+    assert (
+        chromium.js(f"{tip}.hidden") is False
+        and chromium.js(f"{tip}.innerText") == "step 4\nrun: 0.5"
+    )
     chromium.js(f"{svg}.dispatchEvent(new KeyboardEvent('keydown', {{key: 'ArrowLeft'}}))")
     assert chromium.js(f"{tip}.innerText") == "step 3\nrun: 0.375"
 
@@ -134,7 +179,10 @@ def test_seeds_are_a_band(tmp_path, chromium):
     groups = report.group_runs([report.read_run(folder) for folder in (*runs, tmp_path / "faster")])
     assert [group["runs"] for group in groups] == [[0, 1, 2], [3]]
     assert groups[0]["name"] == "cpu (3 seeds)"
-    big, small = ({"config": {"seed": i, "model": name}, "name": name} for i, name in enumerate(("m-3B", "m-0.5B")))
+    big, small = (
+        {"config": {"seed": i, "model": name}, "name": name}
+        for i, name in enumerate(("m-3B", "m-0.5B"))
+    )
     assert len(report.group_runs([big, small])) == 2
     chromium.open(path)
     count = "[...document.querySelectorAll('#policy path')].map(p => p.getAttribute('class')).sort().join()"
@@ -144,9 +192,11 @@ def test_seeds_are_a_band(tmp_path, chromium):
     first, *_ = report.band(members, "reward/mean", 0.0)
     starts = [v[0] for v in values]
     assert first == pytest.approx((1, sum(starts) / 3, min(starts), max(starts)), 1e-4)
-    drawn = chromium.js("(p => [p.x, p.y, p.lo, p.hi])(band(D.groups[0], 'reward/mean', 0)[0])")
+    drawn = chromium.js(
+        "(p => [p.step, p.mean, p.low, p.high])(band(data.groups[0], 'reward/mean', 0)[0])"
+    )
     assert drawn == pytest.approx(first)
-    smooth = chromium.js("band(D.groups[0], 'reward/mean', 0.5).map(p => p.y)")
+    smooth = chromium.js("band(data.groups[0], 'reward/mean', 0.5).map(p => p.mean)")
     assert smooth == pytest.approx([y for _, y, *_ in report.band(members, "reward/mean", 0.5)])
     assert "lr: 1 | 2" in chromium.js("document.getElementById('differs').innerText")
     chromium.js("document.getElementById('singles').click()")
@@ -164,16 +214,22 @@ def test_samples_can_be_walked_and_filtered(tmp_path, chromium):
         return chromium.js(where)
 
     def choose(name: str, value: str, event: str = "change") -> str:
-        chromium.js(f"(e => {{ e.value = '{value}'; e.dispatchEvent(new Event('{event}')); }})"
-                    f"(document.getElementById('{name}'))")  # fmt: skip
+        chromium.js(
+            f"(e => {{ e.value = '{value}'; e.dispatchEvent(new Event('{event}')); }})"
+            f"(document.getElementById('{name}'))"
+        )
         return chromium.js(where)
 
     assert chromium.js(where) == "step 1, sample 1 of 4 (12 match)"
     assert chromium.js("document.getElementById('thinking').textContent").endswith("</think>")
     assert chromium.js("document.getElementById('answer').textContent") == "<answer>1-0</answer>"
-    assert press("next").startswith("step 1, sample 2") and press("prev").startswith("step 1, sample 1")
+    assert press("next").startswith("step 1, sample 2") and press("prev").startswith(
+        "step 1, sample 1"
+    )
     assert "cut at the limit" not in chromium.js("document.getElementById('facts').innerText")
-    assert press("on").startswith("step 2, sample 1") and press("back").startswith("step 1, sample 1")
+    assert press("on").startswith("step 2, sample 1") and press("back").startswith(
+        "step 1, sample 1"
+    )
     for kind in ("keyDown", "keyUp"):
         key = {"key": "ArrowRight", "code": "ArrowRight", "windowsVirtualKeyCode": 39}
         chromium.call("Input.dispatchKeyEvent", type=kind, **key)
@@ -192,20 +248,36 @@ def test_samples_can_be_walked_and_filtered(tmp_path, chromium):
 def test_tokens_are_coloured(tmp_path, chromium):
     """Guards the colours: none, by value, by advantage (its sign is a hue), the numbers of a token, and the text, which
     is the same in all three."""
-    tokens, values, advantages = ["a", "b</th", "ink>", "c"], [0.0, 0.25, 0.5, 1.0], [-2.0, -1.0, 0.0, 2.0]
-    row = {"step": 1, "prompt": "p", "response": "head ab</think>c", "finished": True, "correct": 1.0, "tokens": tokens,
-           "values": values, "advantages": advantages}  # fmt: skip
+    tokens, values, advantages = (
+        ["a", "b</th", "ink>", "c"],
+        [0.0, 0.25, 0.5, 1.0],
+        [-2.0, -1.0, 0.0, 2.0],
+    )
+    row = {
+        "step": 1,
+        "prompt": "p",
+        "response": "head ab</think>c",
+        "finished": True,
+        "correct": 1.0,
+        "tokens": tokens,
+        "values": values,
+        "advantages": advantages,
+    }
     chromium.open(page(make(tmp_path / "run", 1, samples=[row])))
     spans = "[...document.querySelectorAll('#view [data-i]')]"
     text = "['thinking', 'answer'].map(i => document.getElementById(i).textContent).join('|')"
     seen = {}
     for mode in ("off", "values", "advantages"):
-        chromium.js(f"(e => {{ e.value = '{mode}'; e.dispatchEvent(new Event('change')); }})"
-                    "(document.getElementById('colour'))")  # fmt: skip
+        chromium.js(
+            f"(e => {{ e.value = '{mode}'; e.dispatchEvent(new Event('change')); }})"
+            "(document.getElementById('colour'))"
+        )
         seen[mode] = chromium.js(f"{spans}.map(e => e.style.backgroundColor)")
         assert chromium.js(text) == "head ab</think>|c"
     assert seen["off"] == [] and len(set(seen["values"])) == 4
-    assert seen["advantages"][0].startswith("rgba(230, 120, 0") and seen["advantages"][3].startswith("rgba(0, 114, 200")
+    assert seen["advantages"][0].startswith("rgba(230, 120, 0") and seen["advantages"][
+        3
+    ].startswith("rgba(0, 114, 200")
     assert float(seen["advantages"][2].split(",")[3].strip(" )")) < 0.001
     chromium.js(f"{spans}[3].dispatchEvent(new PointerEvent('pointerover', {{bubbles: true}}))")
     told = chromium.js("document.getElementById('token').textContent")
@@ -219,22 +291,35 @@ def test_hostile_samples_run_nothing(tmp_path, chromium):
     rng = random.Random(0)
     hostile = {"step": 1, "id": HOSTILE, "prompt": HOSTILE, "response": HOSTILE, HOSTILE: HOSTILE}
     chat = [{"role": HOSTILE, "content": HOSTILE}, HOSTILE]
-    rows = [hostile, tokens_of(hostile, rng), hostile | {"prompt": chat, "answer": {"<b>": HOSTILE}, "status": HOSTILE}]
+    rows = [
+        hostile,
+        tokens_of(hostile, rng),
+        hostile | {"prompt": chat, "answer": {"<b>": HOSTILE}, "status": HOSTILE},
+    ]
     path = page(make(tmp_path / "run", 1, [{"step": 2, f"x/{HOSTILE}": 1.0}], rows, task=HOSTILE))
     data = re.search(r'id="data">(.*?)</script>', path.read_text(), re.S)[1]
-    assert "<" not in data and json.loads(data)["runs"][0]["samples"][0]["response"].startswith("</script>")
+    assert "<" not in data and json.loads(data)["runs"][0]["samples"][0]["response"].startswith(
+        "</script>"
+    )
     chromium.open(path)
     chromium.js("document.getElementById('others').open = true")
     for mode in ("off", "values"):
-        chromium.js(f"S.colour = '{mode}'; S.at = 0")
+        chromium.js(f"state.colour = '{mode}'; state.at = 0")
         for _ in rows:
-            chromium.js("sample(); go(1)")
+            chromium.js("showSample(); moveSample(1)")
             assert "<img src=x" in chromium.js("document.getElementById('view').innerText")
     assert chromium.js("typeof window.hacked") == "undefined"
-    assert chromium.js("document.querySelectorAll('img, script:not(#data), #injected, svg[onload]').length") == 1
+    assert (
+        chromium.js(
+            "document.querySelectorAll('img, script:not(#data), #injected, svg[onload]').length"
+        )
+        == 1
+    )
     assert chromium.complaints() == []
     # the second wall: even an element that got in runs nothing and loads nothing
-    chromium.js("document.getElementById('view').innerHTML = `<img src=x.png onerror='window.hacked = 4'>`")
+    chromium.js(
+        "document.getElementById('view').innerHTML = `<img src=x.png onerror='window.hacked = 4'>`"
+    )
     chromium.wait("new Promise(done => setTimeout(() => done(true), 200))")
     assert chromium.js("typeof window.hacked") == "undefined"
 
@@ -262,7 +347,9 @@ def test_phone_width_and_both_themes(toy, tmp_path, chromium):
     assert len(set(grounds)) == 2 and grounds[:2] == grounds[2:]
     chromium.js("document.getElementById('theme').click()")
     assert chromium.js("getComputedStyle(document.body).backgroundColor") == grounds[0]
-    assert chromium.js("[...document.querySelectorAll('svg.plot')].every(s => s.getBoundingClientRect().right <= 390)")
+    assert chromium.js(
+        "[...document.querySelectorAll('svg.plot')].every(s => s.getBoundingClientRect().right <= 390)"
+    )
 
 
 def test_pages_stay_small(tmp_path):
@@ -275,21 +362,33 @@ def test_pages_stay_small(tmp_path):
     print(f"{built.stat().st_size / 1e6:.2f} MB, {len(run['samples'])} of {run['total']} samples")
     assert built.stat().st_size < 5e6 and len(run["samples"]) > 1000 and run["total"] == 2000
     numbers = list(range(16_000))
-    long = {"response": "word " * 16_000, "prompt": "p", "tokens": ["word "] * 2048, "values": numbers[:2048],
-            "advantages": numbers[:2048]}  # fmt: skip
+    long = {
+        "response": "word " * 16_000,
+        "prompt": "p",
+        "tokens": ["word "] * 2048,
+        "values": numbers[:2048],
+        "advantages": numbers[:2048],
+    }
     extra = [{"step": step, "reward/mean": 1.0 * step} for step in range(1, 1881)]
     folder = make(tmp_path / "long", 0, extra, [{"step": step} | long for step in range(1, 1881)])
     began = time.monotonic()
     built, run = page(folder), report.read_run(folder)
-    print(f"{built.stat().st_size / 1e6:.2f} MB, {len(run['samples'])} samples, {time.monotonic() - began:.1f} s")
+    print(
+        f"{built.stat().st_size / 1e6:.2f} MB, {len(run['samples'])} samples, {time.monotonic() - began:.1f} s"
+    )
     assert built.stat().st_size < 1e7 and len(run["steps"]) <= 1000 and run["bucket"] == 2
     assert run["curves"]["reward/mean"][:2] == [1.5, 3.5] and run["total"] == 1880
     steps = [sample["step"] for sample in run["samples"]]
     assert (steps[0], steps[-1]) == (1, 1880) and len(steps) > 100
     assert max(b - a for a, b in zip(steps, steps[1:])) <= 2 * 1880 / len(steps) + 1
     assert "left out of this page" in run["samples"][0]["response"]
-    uneven = [{"step": step, "response": "y" * (9000 if 20 <= step % 48 < 30 else 1)} for step in range(1, 1881)]
-    samples, total = report.read_samples(make(tmp_path / "uneven", 0, samples=uneven) / "samples.jsonl", 200_000)
+    uneven = [
+        {"step": step, "response": "y" * (9000 if 20 <= step % 48 < 30 else 1)}
+        for step in range(1, 1881)
+    ]
+    samples, total = report.read_samples(
+        make(tmp_path / "uneven", 0, samples=uneven) / "samples.jsonl", 200_000
+    )
     assert len(report.encode(samples)) <= 200_000 and 20 < len(samples) < total == 1880
 
 
@@ -306,9 +405,9 @@ def test_torn_lines_and_runs_without_a_critic(tmp_path, chromium):
     assert run["steps"] == [0, 1, 2] and run["total"] == len(run["samples"]) == 4
     chromium.open(page(folder))
     assert chromium.js("document.querySelectorAll('#critic, #calibration').length") == 0
-    chromium.js("S.colour = 'values'; sample()")
+    chromium.js("state.colour = 'values'; showSample()")
     assert "has no values" in chromium.js("document.getElementById('ramp').innerText")
-    chromium.js("S.colour = 'advantages'; sample()")
+    chromium.js("state.colour = 'advantages'; showSample()")
     assert chromium.js("document.querySelectorAll('#view [data-i]').length") > 3
     quarters = {f"critic/{name}_q{i}": 0.1 * i for name in ("value", "return") for i in range(1, 5)}
     chromium.open(page(make(tmp_path / "critic", 1, [{"step": 2} | quarters])))
@@ -321,7 +420,7 @@ def test_watch_shows_new_rows(tmp_path, chromium):
     """Guards --watch: a new row is in the page soon after, Ctrl-C leaves one that reloads itself no more, and a reload
     keeps what was chosen."""
     folder = make(tmp_path / "run", 2, samples=answers(2, 2))
-    command = [sys.executable, "-u", ROOT / "report.py", folder, "--watch"]
+    command = [sys.executable, "-u", ROOT / "tools/report.py", folder, "--watch"]
     log = tmp_path / "log"
 
     def said(text: str) -> None:
@@ -330,25 +429,29 @@ def test_watch_shows_new_rows(tmp_path, chromium):
             assert time.monotonic() < until and process.poll() is None, log.read_text()
             time.sleep(0.1)
 
-    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # what a shell starts in the background ignores it
-    process = subprocess.Popen(command, stdout=log.open("w"), stderr=subprocess.STDOUT, preexec_fn=heard)
+    heard = partial(
+        signal.signal, signal.SIGINT, signal.SIG_DFL
+    )  # what a shell starts in the background ignores it
+    process = subprocess.Popen(
+        command, stdout=log.open("w"), stderr=subprocess.STDOUT, preexec_fn=heard
+    )
     try:
         said(f"2 steps; 0.1 minutes of PPO\nreport: {folder / 'report.html'}\n")
         chromium.open(folder / "report.html")
-        assert chromium.js("D.watch") > 0
+        assert chromium.js("data.watch") > 0
         chromium.js("document.getElementById('next').click(); scrollTo(0, 300)")
         with open(folder / "metrics.jsonl", "a") as file:
             file.write(json.dumps({"step": 3, "reward/mean": 1.0}) + "\n")
         said(f"3 steps; 0.1 minutes of PPO\nreport: {folder / 'report.html'}\n")
-        chromium.js("keep(); location.reload()")
-        chromium.wait("typeof D === 'object' && D.runs[0].steps.at(-1) === 3 && document.readyState === 'complete'")
+        chromium.js("saveState(); location.reload()")
+        chromium.wait("document.readyState === 'complete' && data.runs[0].steps.at(-1) === 3")
         chromium.wait("document.getElementById('where').textContent.startsWith('step 1, sample 2')")
         chromium.wait("scrollY === 300")
     finally:
         process.send_signal(signal.SIGINT)
         assert process.wait(20) == 0
     chromium.open(folder / "report.html")
-    assert chromium.js("D.watch") == 0
+    assert chromium.js("data.watch") == 0
 
 
 def test_pngs(toy):
@@ -356,7 +459,13 @@ def test_pngs(toy):
     import matplotlib.image
 
     paths = report.draw([report.read_run(toy)], toy / "png", 0.5)
-    assert {path.name for path in paths} >= {"reward.png", "policy.png", "critic.png", "mismatch.png", "time.png"}
+    assert {path.name for path in paths} >= {
+        "reward.png",
+        "policy.png",
+        "critic.png",
+        "mismatch.png",
+        "time.png",
+    }
     for path in paths:
         pixels = matplotlib.image.imread(path)[..., :3]
         coloured = (pixels.max(-1) - pixels.min(-1) > 0.3).mean()
@@ -369,7 +478,12 @@ def test_what_is_no_run_folder(tmp_path, content):
     if content is not None:
         (tmp_path / "config.json").write_text(content)
     given = tmp_path if content is not None else tmp_path / "nowhere"
-    done = subprocess.run([sys.executable, ROOT / "report.py", given], capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, ROOT / "tools/report.py", given],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and done.stdout == ""
     assert str(given) in done.stderr and "no run folder" in done.stderr and "--out" in done.stderr
     assert not (given / "report.html").exists()

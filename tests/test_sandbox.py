@@ -1,4 +1,5 @@
 """Model-written programs: nothing gets out, nothing honest is refused, nothing hangs, nothing stays behind."""
+
 import json
 import os
 import random
@@ -15,6 +16,7 @@ import pytest
 from honest import HONEST, HONEST_CALLS
 
 import rewards
+from verify import pool
 
 ROOT = Path(__file__).resolve().parent.parent
 ORDINARY = 23456  # the id of no user in particular
@@ -31,35 +33,62 @@ def fenced(source: str) -> str:
 
 def task(tests: list[tuple[str, str]], name: str | None = None) -> dict:
     inputs, outputs = ([test[i] for test in tests] for i in (0, 1))
-    return {"task": "code", "id": "x", "answer": {"inputs": inputs, "outputs": outputs, "fn_name": name}}
+    return {
+        "task": "code",
+        "id": "x",
+        "answer": {"inputs": inputs, "outputs": outputs, "fn_name": name},
+    }
 
 
 def honest() -> list[tuple[str, str, dict]]:
     found = [(name, fenced(source), task(tests)) for name, (source, tests) in HONEST.items()]
-    return found + [(name, fenced(source), task(tests, fn)) for name, (source, fn, tests) in HONEST_CALLS.items()]
+    return found + [
+        (name, fenced(source), task(tests, fn))
+        for name, (source, fn, tests) in HONEST_CALLS.items()
+    ]
 
 
-def test_too_few_walls_are_refused(monkeypatch):
+def test_too_few_walls_are_refused(monkeypatch, workers):
     """Guards a machine without seccomp on which programs would run all the same."""
-    start = rewards.Server.__init__
-    monkeypatch.setattr(rewards.Server, "__init__", lambda s, kind, unsafe: start(s, kind, unsafe, ("seccomp",)))
-    rewards.pool_of.cache_clear()
+    start = pool.Server.__init__
+    monkeypatch.setattr(
+        pool.Server, "__init__", lambda s, kind, unsafe: start(s, kind, unsafe, ("seccomp",))
+    )
+    workers(1)
     row, text = task([("1", "1")]), fenced("print(input())")
     with pytest.raises(RuntimeError, match="(?s)seccomp.*--unsafe_code"):
-        rewards.score([text], [row], workers=1)
-    assert rewards.score([text], [row], workers=1, rules=rewards.Rules(unsafe_code=True))[0]["status"] == "ok"
-    rewards.pool_of.cache_clear()
+        rewards.score([text], [row])
+    with pytest.raises(RuntimeError, match="(?s)seccomp.*--unsafe_code"):
+        rewards.start({"code"})
+    unsafe = rewards.Rules(unsafe_code=True)
+    assert rewards.score([text], [row], rules=unsafe)[0]["status"] == "ok"
+    assert "seccomp" not in rewards.start({"code"}, unsafe)["code sandbox"]
 
 
-@pytest.mark.parametrize("source, status", [
-    ("print(1)", "ok"), ("print(2)", "wrong"), ("1/0", "crash"), ("import os\nos.kill(os.getpid(), 11)", "crash"),
-    ("while True: pass", "timeout"), ("import time\ntime.sleep(99)", "timeout"), ("x = [0] * 10**10", "memory"),
-    ("while True: print('x' * 999)", "output"), ("print(1)\nraise SystemExit(3)", "crash"), ("(", "crash"), ("", "no_answer"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "source, status",
+    [
+        ("print(1)", "ok"),
+        ("print(2)", "wrong"),
+        ("1/0", "crash"),
+        ("import os\nos.kill(os.getpid(), 11)", "crash"),
+        ("while True: pass", "timeout"),
+        ("import time\ntime.sleep(99)", "timeout"),
+        ("x = [0] * 10**10", "memory"),
+        ("while True: print('x' * 999)", "output"),
+        ("print(1)\nraise SystemExit(3)", "crash"),
+        ("(", "crash"),
+        ("", "no_answer"),
+    ],
+)
 def test_status_says_why(fast, source, status):
     """Guards statuses that hide what happened."""
     (result,) = rewards.score([fenced(source)], [task([("", "1")])])
-    assert result == {"reward": float(status == "ok"), "correct": float(status == "ok"), "status": status}
+    assert result == {
+        "reward": float(status == "ok"),
+        "correct": float(status == "ok"),
+        "status": status,
+    }
 
 
 def test_all_tests_count_and_fractions():
@@ -68,24 +97,49 @@ def test_all_tests_count_and_fractions():
     until = fenced("n = int(input())\nprint(n * n if n < 15 else 0)")
     assert rewards.score([until], [row])[0] == {"reward": 0.0, "correct": 0.0, "status": "wrong"}
     rules = rewards.Rules(code_reward="fraction")
-    assert rewards.score([until], [row], rules=rules)[0] == {"reward": 0.75, "correct": 0.0, "status": "wrong"}
+    assert rewards.score([until], [row], rules=rules)[0] == {
+        "reward": 0.75,
+        "correct": 0.0,
+        "status": "wrong",
+    }
     calls = task([(f"{i}", f"{i + 1}") for i in range(4)], "f")
     half = fenced("def f(x):\n    return x + 1 if x < 2 else 1 / 0")
-    assert rewards.score([half], [calls], rules=rules)[0] == {"reward": 0.5, "correct": 0.0, "status": "crash"}
+    assert rewards.score([half], [calls], rules=rules)[0] == {
+        "reward": 0.5,
+        "correct": 0.0,
+        "status": "crash",
+    }
     for bad in (task([]), {"task": "code", "answer": {"inputs": ["1"], "outputs": []}}):
         with pytest.raises(ValueError, match="inputs"):
             rewards.score([until], [bad])
 
 
 BLOCKS = {
-    "```python\nA\n```": "A", "```py\nA\n```\nDone.": "A", "```\nA\n```": "A", "```Python3\nA\n```": "A",
-    "~~~python\nA\n~~~": "A", "````python\nA\n```\nB\n````": "A\n```\nB", "``` python\nA\n```": "A",
-    "```python\nA\n```\nthen\n```python\nB\n```": "B", "```python\nA": "A", "  ```python\n  A\n   B\n  ```": "A\n B",
-    "```python\nA\n```\n```text\nB\n```": "A", "```python\nA\n```\n```cpp\nB": "A", "```python\r\nA\r\n```": "A\r",
-    "```{.python}\nA\n```": "A", "```python title='x'\nA\n```": "A", "```python\nA```": "A",
-    "A": None, "": None, "```": "", "`A`": None, "```bash\nA\n```": None, "<think>```python\nA\n```</think>": None,
-    "x ```python\nA\n```": "", "```python\nprint('''\n  ''')\n```": "print('''\n  ''')",
-}  # fmt: skip
+    "```python\nA\n```": "A",
+    "```py\nA\n```\nDone.": "A",
+    "```\nA\n```": "A",
+    "```Python3\nA\n```": "A",
+    "~~~python\nA\n~~~": "A",
+    "````python\nA\n```\nB\n````": "A\n```\nB",
+    "``` python\nA\n```": "A",
+    "```python\nA\n```\nthen\n```python\nB\n```": "B",
+    "```python\nA": "A",
+    "  ```python\n  A\n   B\n  ```": "A\n B",
+    "```python\nA\n```\n```text\nB\n```": "A",
+    "```python\nA\n```\n```cpp\nB": "A",
+    "```python\r\nA\r\n```": "A\r",
+    "```{.python}\nA\n```": "A",
+    "```python title='x'\nA\n```": "A",
+    "```python\nA```": "A",
+    "A": None,
+    "": None,
+    "```": "",
+    "`A`": None,
+    "```bash\nA\n```": None,
+    "<think>```python\nA\n```</think>": None,
+    "x ```python\nA\n```": "",
+    "```python\nprint('''\n  ''')\n```": "print('''\n  ''')",
+}
 
 
 @pytest.mark.parametrize("text", BLOCKS, ids=repr)
@@ -94,29 +148,94 @@ def test_the_last_block_is_the_program(text):
     assert rewards.last_block(rewards.answered(text)) == BLOCKS[text]
 
 
-@pytest.mark.parametrize("given, wanted, same", [
-    ("1 2\n3\n", "1 2\n3", True), ("1  2 \n\n3", "1 2\n3", True), ("1 2 3", "1 2\n3", False), ("1", "1\n1", False),
-    ("12345678901234567890", "12345678901234567891", False), ("1.0", "1", True), ("1.0000001", "1", False),
-    ("0.33333333", "0.3333333333", True), ("0.3333", "0.333333", False), ("1e-9", "0.0", True), ("nan", "nan", True),
-    ("nan", "1.0", False), ("inf", "1.0", False), ("1_0", "10", False), ("١", "1", False), ("0x10", "16", False),
-    ("yes", "YES", False), ("1000000.5", "1000000.0", True), ("1000002", "1000000", False), ("", "1", False),
-    ("1e3", "1000", True), ("-0", "0", True), ("9007199254740993.0", "9007199254740992", False), ("\ufffd", "\ud800", False),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "given, wanted, same",
+    [
+        ("1 2\n3\n", "1 2\n3", True),
+        ("1  2 \n\n3", "1 2\n3", True),
+        ("1 2 3", "1 2\n3", False),
+        ("1", "1\n1", False),
+        ("12345678901234567890", "12345678901234567891", False),
+        ("1.0", "1", True),
+        ("1.0000001", "1", False),
+        ("0.33333333", "0.3333333333", True),
+        ("0.3333", "0.333333", False),
+        ("1e-9", "0.0", True),
+        ("nan", "nan", True),
+        ("nan", "1.0", False),
+        ("inf", "1.0", False),
+        ("1_0", "10", False),
+        ("١", "1", False),
+        ("0x10", "16", False),
+        ("yes", "YES", False),
+        ("1000000.5", "1000000.0", True),
+        ("1000002", "1000000", False),
+        ("", "1", False),
+        ("1e3", "1000", True),
+        ("-0", "0", True),
+        ("9007199254740993.0", "9007199254740992", False),
+        ("\ufffd", "\ud800", False),
+    ],
+)
 def test_outputs_are_compared_by_tokens(given, wanted, same):
     """Guards tolerance on integers, no tolerance on floats, and Python's looser readings of numbers."""
     assert rewards.same_output(given.encode("utf-8", "replace"), wanted) == same
 
 
-@pytest.mark.parametrize("given, wanted, same", [
-    ("1", 1, True), ("1.0", 1, True), ("true", 1, False), ("1", True, False), ("null", 0, False), ('"1"', 1, False),
-    ("NaN", None, False), ("NaN", 1.0, False), ("Infinity", 1.0, False), ("1e400", 1.0, False), ("[1, [2]]", [1, [2]], True),
-    ("[1, 2]", [2, 1], False), ('{"a": 1}', {"a": 1.0}, True), ('{"a": 1}', {"a": 1, "b": 2}, False), ("0.1", 0.1 + 1e-9, True),
-    ("10000000001", 10000000000, False), ("[" * 99999, 1, False), ("1", "1", False), ("", None, False), ("1 2", 1, False),
-    ("1" + "0" * 5000, 1.0, False), ("1180591620717411303424", 2**70, True), ("1180591620717411303425", 2**70, False),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "given, wanted, same",
+    [
+        ("1", 1, True),
+        ("1.0", 1, True),
+        ("true", 1, False),
+        ("1", True, False),
+        ("null", 0, False),
+        ('"1"', 1, False),
+        ("NaN", None, False),
+        ("NaN", 1.0, False),
+        ("Infinity", 1.0, False),
+        ("1e400", 1.0, False),
+        ("[1, [2]]", [1, [2]], True),
+        ("[1, 2]", [2, 1], False),
+        ('{"a": 1}', {"a": 1.0}, True),
+        ('{"a": 1}', {"a": 1, "b": 2}, False),
+        ("0.1", 0.1 + 1e-9, True),
+        ("10000000001", 10000000000, False),
+        ("[" * 99999, 1, False),
+        ("1", "1", False),
+        ("", None, False),
+        ("1 2", 1, False),
+        ("1" + "0" * 5000, 1.0, False),
+        ("1180591620717411303424", 2**70, True),
+        ("1180591620717411303425", 2**70, False),
+    ],
+)
 def test_results_are_compared_as_json(given, wanted, same):
     """Guards true for 1, NaN for anything, and objects that compare themselves."""
     assert rewards.same_result(given.encode(), wanted) == same
+
+
+OURS = """
+def f(path):
+    try:
+        import rewards
+        return "imported"
+    except ImportError:
+        pass
+    try:
+        return open(path).read()
+    except OSError:
+        return "refused"
+"""
+
+
+@pytest.mark.parametrize("kind", sorted(pool.KINDS))
+def test_no_kind_of_process_sees_the_trainer(kind):
+    """Guards a path for imports that has more on it than the one module that is needed: what lies there can be read."""
+    path = pool.import_path(pool.KINDS[kind])
+    assert (str(ROOT / "verify") in path) == (kind == "math") and str(ROOT) not in path
+    outcome = pool.run_sandboxed(kind, OURS.encode(), [str(ROOT / "rewards.py")], "f", 1.0)
+    assert (outcome.status, outcome.output) == ("ok", b'"refused"')
 
 
 def mixture(count: int, seed: int) -> tuple[list[str], list[dict], list[float]]:
@@ -126,26 +245,46 @@ def mixture(count: int, seed: int) -> tuple[list[str], list[dict], list[float]]:
     for _ in range(count):
         a, b = rng.randrange(100), rng.randrange(100)
         ok = rng.random() < 0.5
-        cases.append(rng.choice([
-            (right if ok else fenced("print(3)"), task([(f"{a} {b}", str(a + b)), (f"{b} 900", str(b + 900))]), ok),
-            (rf"\boxed{{{a}\sqrt{{2}}+{b + ok}}}", {"task": "math", "answer": rf"{b + 1}+\sqrt{{2}}\cdot {a}"}, ok),
-            (f"<answer>{a}*{b + (not ok)}</answer>",
-             {"task": "countdown", "answer": {"numbers": [a, b], "target": a * b}}, ok),
-        ]))  # fmt: skip
+        cases.append(
+            rng.choice(
+                [
+                    (
+                        right if ok else fenced("print(3)"),
+                        task([(f"{a} {b}", str(a + b)), (f"{b} 900", str(b + 900))]),
+                        ok,
+                    ),
+                    (
+                        rf"\boxed{{{a}\sqrt{{2}}+{b + ok}}}",
+                        {"task": "math", "answer": rf"{b + 1}+\sqrt{{2}}\cdot {a}"},
+                        ok,
+                    ),
+                    (
+                        f"<answer>{a}*{b + (not ok)}</answer>",
+                        {"task": "countdown", "answer": {"numbers": [a, b], "target": a * b}},
+                        ok,
+                    ),
+                ]
+            )
+        )
     texts, rows, rights = zip(*cases)
     return list(texts), list(rows), [float(r) for r in rights]
 
 
-def test_any_order_any_workers_any_thread():
+def test_any_order_any_workers_any_thread(workers):
     """Guards results that depend on the order, on the number of processes, or on being in the main thread."""
     texts, rows, rights = mixture(90, 1)
-    expected = rewards.score(texts, rows, workers=1)
+    workers(1)
+    expected = rewards.score(texts, rows)
     assert [r["correct"] for r in expected] == rights
     order = random.Random(2).sample(range(90), 90)
-    shuffled = rewards.score([texts[i] for i in order], [rows[i] for i in order], workers=3)
+    workers(3)
+    shuffled = rewards.score([texts[i] for i in order], [rows[i] for i in order])
     assert [shuffled[order.index(i)] for i in range(90)] == expected
     found = []
-    threads = [threading.Thread(target=lambda: found.append(rewards.score(texts, rows, workers=2))) for _ in range(3)]
+    workers(2)
+    threads = [
+        threading.Thread(target=lambda: found.append(rewards.score(texts, rows))) for _ in range(3)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -153,26 +292,30 @@ def test_any_order_any_workers_any_thread():
     assert found == [expected] * 3
 
 
-def test_hanging_programs_do_not_hold_up_the_others(fast):
+def test_hanging_programs_do_not_hold_up_the_others(fast, workers):
     """Guards limits that count the queue, and a batch that waits for its slowest sample in every place."""
     texts = [fenced("print(input())")] * 60
     for i in range(0, 60, 10):
         texts[i] = fenced("while True: pass" if i % 20 else "import time\ntime.sleep(99)")
+    workers(2)
     begun, ends = time.monotonic(), {}
-    futures = rewards.submit(texts, [task([("1", "1")])] * 60, workers=2)
+    futures = rewards.submit(texts, [task([("1", "1")])] * 60)
     for i, future in enumerate(futures):
         future.add_done_callback(lambda _, i=i: ends.setdefault(i, time.monotonic() - begun))
     statuses = [future.result()["status"] for future in futures]
     assert statuses == ["ok" if i % 10 else "timeout" for i in range(60)]
     others = max(ends[i] for i in range(60) if i % 10)
     assert others < min(ends[i] for i in range(0, 60, 10)), "the quick ones come first"
-    assert max(ends.values()) < others + 3 * (2 * rewards.TEST_SECONDS + 1 + 2)  # six on two workers: three waves
+    assert max(ends.values()) < others + 3 * (
+        2 * rewards.TEST_SECONDS + 1 + 2
+    )  # six on two workers: three waves
 
 
-def test_killed_processes_change_no_result():
+def test_killed_processes_change_no_result(workers):
     """Guards a job that is lost, or scored 0, when its process is killed from outside."""
     texts, rows, rights = mixture(150, 3)
-    futures, rng = rewards.submit(texts, rows, workers=2), random.Random(4)
+    workers(2)
+    futures, rng = rewards.submit(texts, rows), random.Random(4)
     while not all(future.done() for future in futures):
         alive = attacks.descendants(os.getpid())
         if alive:
@@ -193,18 +336,27 @@ def test_nothing_stays_behind(tmp_path):
     script = tmp_path / "trainer.py"
     script.write_text(
         f"import sys, time\nsys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]\nimport rewards, test_sandbox as t\n"
-        "futures = rewards.submit([t.fenced(sys.argv[1])] * 3, [t.task([('1', '1')])] * 3, workers=2)\n"
+        "from verify import pool\npool.default_workers = lambda: 2\n"
+        "futures = rewards.submit([t.fenced(sys.argv[1])] * 3, [t.task([('1', '1')])] * 3)\n"
         "print('started', flush=True)\nif sys.argv[2] == 'wait': print([f.result() for f in futures])\ntime.sleep(1)\n"
     )
-    for source, ending in (("print(1)", "wait"), ("while True: pass", "leave"), ("while True: pass", "kill")):
-        trainer = subprocess.Popen([sys.executable, str(script), source, ending], stdout=subprocess.PIPE)
+    for source, ending in (
+        ("print(1)", "wait"),
+        ("while True: pass", "leave"),
+        ("while True: pass", "kill"),
+    ):
+        trainer = subprocess.Popen(
+            [sys.executable, str(script), source, ending], stdout=subprocess.PIPE
+        )
         trainer.stdout.readline()
         time.sleep(0.9)
         below = attacks.descendants(trainer.pid)
         assert below
         if ending == "kill":
             trainer.kill()
-        assert trainer.wait(timeout=20) == (-9 if ending == "kill" else 0), "the end of the program must not wait for the sandbox"
+        assert trainer.wait(timeout=20) == (-9 if ending == "kill" else 0), (
+            "the end of the program must not wait for the sandbox"
+        )
         deadline = time.monotonic() + 5
         while any(Path(f"/proc/{pid}").exists() for pid in below) and time.monotonic() < deadline:
             time.sleep(0.05)
@@ -215,17 +367,32 @@ def test_honest_programs_among_attacks(fast):
     """Guards programs refused for their style, attacks that score, and attacks that disturb the sample after them."""
     assert len(attacks.sources()) + len(attacks.CALLS) >= 240 and len(honest()) >= 190
     with attacks.Field() as field:
-        hostile = [(name, fenced(source), task([(field.given, "escaped")])) for name, source in attacks.sources().items()]
+        hostile = [
+            (name, fenced(source), task([(field.given, "escaped")]))
+            for name, source in attacks.sources().items()
+        ]
         calls = [("[1, 2]", "12345"), ("[1, 2]", "12345")]
-        hostile += [(name, fenced(source), task(calls, "solve")) for name, source in attacks.CALLS.items()]
+        hostile += [
+            (name, fenced(source), task(calls, "solve")) for name, source in attacks.CALLS.items()
+        ]
         cases = [(*case, True) for case in honest()] + [(*case, False) for case in hostile]
         random.Random(0).shuffle(cases)
         rewards.start({"code"})
         idle = len(attacks.descendants(os.getpid()))
         results = rewards.score([case[1] for case in cases], [case[2] for case in cases])
         assert [(c[0], r) for c, r in zip(cases, results) if r["correct"] != c[3]] == []
-        assert {r["status"] for r in results} == {"ok", "wrong", "timeout", "memory", "crash", "output"}
-        assert field.leftovers() == [] and len(attacks.descendants(os.getpid())) <= idle + rewards.default_workers() * 2
+        assert {r["status"] for r in results} == {
+            "ok",
+            "wrong",
+            "timeout",
+            "memory",
+            "crash",
+            "output",
+        }
+        assert (
+            field.leftovers() == []
+            and len(attacks.descendants(os.getpid())) <= idle + pool.default_workers() * 2
+        )
 
 
 def as_user(user: int | None, off: list[str], tmp_path: Path) -> dict:
@@ -237,14 +404,17 @@ def as_user(user: int | None, off: list[str], tmp_path: Path) -> dict:
         folder = Path("/tmp") / f"attacks-{os.getpid()}"  # pytest's folders are private
         pythons = [p for p in pythons if runs(p, user)]
         if not pythons:
-            pytest.skip("no Python 3.11 that an ordinary user may run: this one is in a private folder")
+            pytest.skip(
+                "no Python 3.11 that an ordinary user may run: this one is in a private folder"
+            )
     shutil.copytree(ROOT / "tests", folder / "tests", dirs_exist_ok=True)
-    for name in ("rewards.py", "sandbox.py"):
-        shutil.copy(ROOT / name, folder)
+    shutil.copytree(ROOT / "verify", folder / "verify", dirs_exist_ok=True)
     try:
         command = [pythons[0], str(folder / "tests/attacks.py"), *off]
         identity = {} if user is None else {"user": user, "group": user, "extra_groups": []}
-        done = subprocess.run(command, cwd="/", capture_output=True, text=True, timeout=300, **identity)
+        done = subprocess.run(
+            command, cwd="/", capture_output=True, text=True, timeout=300, **identity
+        )
         assert done.returncode == 0, done.stderr[-2000:]
         return json.loads(done.stdout)
     finally:
@@ -255,24 +425,50 @@ def as_user(user: int | None, off: list[str], tmp_path: Path) -> dict:
 def runs(python: str, user: int) -> bool:
     command = [python, "-c", "import sys; sys.exit(sys.version_info < (3, 11))"]
     try:
-        return subprocess.run(command, cwd="/", user=user, group=user, extra_groups=[]).returncode == 0
+        return (
+            subprocess.run(command, cwd="/", user=user, group=user, extra_groups=[]).returncode == 0
+        )
     except OSError:
         return False
 
 
-@pytest.mark.parametrize("user, off", [(None, []), (None, ["namespaces"]), (ORDINARY, []), (ORDINARY, ["namespaces"])])
+@pytest.mark.parametrize(
+    "user, off", [(None, []), (None, ["namespaces"]), (ORDINARY, []), (ORDINARY, ["namespaces"])]
+)
 def test_no_attack_works(user, off, tmp_path):
     """Guards each setting: as it is started here, an ordinary user, and both as in a container without namespaces."""
     result = as_user(user, off, tmp_path)
     assert {"seccomp", "rlimits"} <= set(result["layers"]) and not set(off) & set(result["layers"])
-    assert result["escaped"] == result["slow"] == result["leftovers"] == [] and result["tried"] >= 220
+    assert (
+        result["escaped"] == result["slow"] == result["leftovers"] == [] and result["tried"] >= 220
+    )
     assert user is None or result["user"] == user
 
 
-READ = {"users", "name of the machine", "list the root", "list processes", "command of the trainer", "own maps"}
+READ = {
+    "users",
+    "name of the machine",
+    "list the root",
+    "list processes",
+    "command of the trainer",
+    "own maps",
+}
 LAYERS = [  # switched off -> what works then, among others; the other layers still stand
-    (("seccomp",), {"fork", "clone by machine code", "signal to the parent", "netlink", "key ring", "dumpable"}),
-    (("landlock", "open"), READ),  # "open": seccomp refuses to open any file where Landlock is missing
+    (
+        ("seccomp",),
+        {
+            "fork",
+            "clone by machine code",
+            "signal to the parent",
+            "netlink",
+            "key ring",
+            "dumpable",
+        },
+    ),
+    (
+        ("landlock", "open"),
+        READ,
+    ),  # "open": seccomp refuses to open any file where Landlock is missing
     (("rlimits",), {"above the memory limit"}),
     (("seccomp", "landlock"), {"spawn", "exec", "system", "temporary file", "listen"} | READ),
 ]
@@ -285,7 +481,9 @@ def test_each_layer_stops_something(off, works):
     """Guards a layer that does nothing, and attacks that could not work anywhere."""
     assert attacks.run(names=sorted(works))["escaped"] == []
     result = attacks.run(off, sorted(works))
-    if set(off) & {"landlock", "seccomp", "rlimits"} != set(off) - {"open"} or len(result["layers"]) < 4 - len(off):
+    if set(off) & {"landlock", "seccomp", "rlimits"} != set(off) - {"open"} or len(
+        result["layers"]
+    ) < 4 - len(off):
         pytest.skip(f"this kernel has only {result['layers']}")
     assert set(result["escaped"]) == works
 
@@ -295,10 +493,16 @@ def test_namespaces_and_uid_stand_behind_the_others():
     """Guards the second line: with seccomp and Landlock gone, namespaces keep the network and the trainer's processes
     away; without them, the uid still keeps programs from signals to the trainer."""
     off = ("seccomp", "landlock")
-    network, everything = {"loopback", "abstract socket"}, {"loopback", "abstract socket", "read a password"}
+    network, everything = (
+        {"loopback", "abstract socket"},
+        {"loopback", "abstract socket", "read a password"},
+    )
     if "namespaces" not in attacks.run(off, ["fork"])["layers"]:
         pytest.skip("this kernel or container gives no namespaces")
     assert set(attacks.run(off, HARMLESS)["escaped"]) & network == set()
     without = set(attacks.run((*off, "namespaces"), HARMLESS)["escaped"])
     assert network <= without <= everything
-    assert "signal to the trainer" in attacks.run((*off, "namespaces", "uid"), ["signal to the trainer"])["escaped"]
+    assert (
+        "signal to the trainer"
+        in attacks.run((*off, "namespaces", "uid"), ["signal to the trainer"])["escaped"]
+    )

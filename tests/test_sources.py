@@ -3,7 +3,6 @@
 import json
 import re
 
-import equality
 import fixtures
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -17,6 +16,7 @@ from hypothesis import strategies as st
 
 import data
 import rewards
+from verify import equality
 
 
 def load(

@@ -2,7 +2,6 @@
 
 import ast
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -86,7 +85,9 @@ def imported(path: Path) -> set[str]:
             names |= {alias.name for alias in node.names}
         if isinstance(node, ast.ImportFrom):
             module = node.module or ""
-            names |= {f"{module}.{alias.name}" for alias in node.names} if module in SHEDS else {module}
+            names |= (
+                {f"{module}.{alias.name}" for alias in node.names} if module in SHEDS else {module}
+            )
     return names
 
 
@@ -143,9 +144,21 @@ def test_this_checkout(check):
 
 FAULTS = {
     check_format: ("data.py", "import random\n", "import random;import secrets\n"),
-    check_arrows: ("kernels.py", "from infra.dist import", "from infra.models import SAFE\nfrom infra.dist import"),
-    check_step: ("ppo.py", "        run.done = step + 1\n", "        run.done = step + 1\n" + 40 * "        step\n"),
-    check_complexity: ("rewards.py", "STATUSES = (", "def f(x):\n" + 21 * "    if x: pass\n" + "\n\nSTATUSES = ("),
+    check_arrows: (
+        "kernels.py",
+        "from infra.dist import",
+        "from infra.models import SAFE\nfrom infra.dist import",
+    ),
+    check_step: (
+        "ppo.py",
+        "        run.done = step + 1\n",
+        "        run.done = step + 1\n" + 40 * "        step\n",
+    ),
+    check_complexity: (
+        "rewards.py",
+        "STATUSES = (",
+        "def f(x):\n" + 21 * "    if x: pass\n" + "\n\nSTATUSES = (",
+    ),
 }
 
 

@@ -15,8 +15,8 @@ answer with what it found, and it also learns to stop too early: what is left fo
 Two things a model of this size gets for nothing, as a minute or three is too short to find them: numbers up to 120 are
 one token each (Llama 3 has them up to 999), and their embeddings start as waves in which arithmetic is rotation.
 """
+
 import argparse
-import json
 import math
 import random
 import re
@@ -26,7 +26,7 @@ from functools import cache
 from pathlib import Path
 
 import torch
-from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, pre_tokenizers
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 # our kernels.py has the name of a package that transformers looks for: see ppo.py, which may have been imported before
@@ -42,7 +42,12 @@ import data  # noqa: E402
 
 # ------------------------------------------------------------------------------------------------------- the tokenizer
 
-TAGS = ["<think>", "</think>", "<answer>", "</answer>"]  # one token each, but text: they must survive decoding
+TAGS = [
+    "<think>",
+    "</think>",
+    "<answer>",
+    "</answer>",
+]  # one token each, but text: they must survive decoding
 NUMBERS = [str(n) for n in range(10, 121)]  # one token each; the smaller ones are anyway
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% if message.role == 'assistant' %}"
@@ -56,10 +61,18 @@ def make_tokenizer() -> Qwen2Tokenizer:
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: i for i, token in enumerate(["<pad>", "<eos>", *alphabet])}
     tokenizer = Qwen2Tokenizer(
-        vocabulary, [], pad_token="<pad>", eos_token="<eos>", unk_token=None,
-        padding_side="left", model_max_length=512, chat_template=CHAT_TEMPLATE,
+        vocabulary,
+        [],
+        pad_token="<pad>",
+        eos_token="<eos>",
+        unk_token=None,
+        padding_side="left",
+        model_max_length=512,
+        chat_template=CHAT_TEMPLATE,
     )
-    parts = re.split(r"\{\w+\}|(<.*?>)", data.BASE_COUNTDOWN + "user: " + data.CHAT_COUNTDOWN + "\nassistant: ")
+    parts = re.split(
+        r"\{\w+\}|(<.*?>)", data.BASE_COUNTDOWN + "user: " + data.CHAT_COUNTDOWN + "\nassistant: "
+    )
     phrases = sorted({part for part in parts if part and len(part) > 1} - set(TAGS))
     whole = [*TAGS, *NUMBERS, ", ", ASK, YES, NO, *phrases]
     tokenizer.add_tokens([AddedToken(text, special=False, normalized=False) for text in whole])
@@ -94,7 +107,9 @@ def expressions(numbers: tuple[int, ...]) -> list[tuple[str, str, int]]:
         a, b = sorted(numbers[:i] + numbers[i + 1 :], reverse=True)
         for first, x in combine(a, b):
             for second, value in combine(x, c):
-                out.append((f"{a}{first}{b}={x}{second}{c}={value}", f"({a}{first}{b}){second}{c}", value))
+                out.append(
+                    (f"{a}{first}{b}={x}{second}{c}={value}", f"({a}{first}{b}){second}{c}", value)
+                )
     return out
 
 
@@ -108,7 +123,9 @@ def worked_answer(row: dict, rng: random.Random, drill: bool) -> tuple[str, bool
     target, options = row["answer"]["target"], expressions(tuple(sorted(row["answer"]["numbers"])))
     patient, tries = drill or rng.random() < PATIENT, []
     while options and len(tries) < MAX_TRIES:
-        weights = None if drill else [(1 + abs(value - target)) ** -FOCUS for _, _, value in options]
+        weights = (
+            None if drill else [(1 + abs(value - target)) ** -FOCUS for _, _, value in options]
+        )
         text, answer, value = rng.choices(options, weights)[0]
         tries.append(f"{text}{ASK}{target}{YES if value == target else NO}")
         options = [option for option in options if option[2] != value]
@@ -131,9 +148,13 @@ def teach_numbers(embedding: torch.Tensor, tokenizer: Qwen2Tokenizer) -> None:
     """Number tokens start as waves of n and of log n, so that adding and multiplying are rotations: models find the
     first kind by themselves, given time (arXiv:2502.00873)."""
     n = torch.arange(1, BOUND + 1)
-    angles = [2 * math.pi * n / period for period in PERIODS] + [n.log() * rate for rate in LOG_RATES]
+    angles = [2 * math.pi * n / period for period in PERIODS] + [
+        n.log() * rate for rate in LOG_RATES
+    ]
     waves = torch.stack([f(a) for a in angles for f in (torch.cos, torch.sin)], dim=1)
-    embedding[tokenizer.convert_tokens_to_ids([str(i) for i in n.tolist()]), : waves.shape[1]] = 0.15 * waves
+    embedding[tokenizer.convert_tokens_to_ids([str(i) for i in n.tolist()]), : waves.shape[1]] = (
+        0.15 * waves
+    )
 
 
 def warm_up(model: Qwen2ForCausalLM, tokenizer: Qwen2Tokenizer, seed: int, steps: int) -> None:
@@ -154,7 +175,10 @@ def warm_up(model: Qwen2ForCausalLM, tokenizer: Qwen2Tokenizer, seed: int, steps
             text, patient = worked_answer(row, rng, drill=step < DRILLS * steps)
             ids = tokenizer(row["prompt"] + text)["input_ids"]
             first = len(ids) - ids[::-1].index(think)  # the prompt ends with this tag
-            labels = [i if t >= first and not (patient and i == newline) else -100 for t, i in enumerate(ids)]
+            labels = [
+                i if t >= first and not (patient and i == newline) else -100
+                for t, i in enumerate(ids)
+            ]
             batch.append((ids, labels))
         longest = max(len(ids) for ids, _ in batch)
         ids = torch.tensor([ids + [0] * (longest - len(ids)) for ids, _ in batch])
@@ -164,7 +188,9 @@ def warm_up(model: Qwen2ForCausalLM, tokenizer: Qwen2Tokenizer, seed: int, steps
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer, rate in zip(optimizers, rates):
-            optimizer.param_groups[0]["lr"] = rate * min(1.0, (step + 1) / 20, 1.5 * (1 - step / steps))
+            optimizer.param_groups[0]["lr"] = rate * min(
+                1.0, (step + 1) / 20, 1.5 * (1 - step / steps)
+            )
             optimizer.step()
             optimizer.zero_grad()
         if (step + 1) % max(1, steps // 10) == 0:
@@ -176,10 +202,22 @@ def make(path: str | Path, seed: int = 0, steps: int = STEPS, tie: bool = True) 
     """Writes the folder. `tie`: input and output embeddings are one matrix, as in the small Qwen2 models."""
     torch.manual_seed(seed)
     tokenizer = make_tokenizer()
-    special = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id, "bos_token_id": None}
+    special = {
+        "pad_token_id": tokenizer.pad_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "bos_token_id": None,
+    }
     config = Qwen2Config(
-        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=256, num_hidden_layers=3, num_attention_heads=4,
-        num_key_value_heads=4, max_position_embeddings=512, initializer_range=0.08, tie_word_embeddings=tie, **special,
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=512,
+        initializer_range=0.08,
+        tie_word_embeddings=tie,
+        **special,
     )  # heads of 32: the smallest that vLLM's attention for CPUs takes
     model = Qwen2ForCausalLM(config)
     if steps:
@@ -191,7 +229,9 @@ def make(path: str | Path, seed: int = 0, steps: int = STEPS, tie: bool = True) 
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("path", metavar="DIR")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=STEPS)
