@@ -349,7 +349,8 @@ def test_replay_begins_with_the_moments(ended, name):
     bad, model = ended[name].out / "bad_step_2", name.split("-")[-2]
     record = torch.load(bad / "batch.pt", weights_only=True)
     accelerator, _ = start_ranks(bf16=False, sp=1)
-    trained = replay.load(model, bad, ppo.Args(**record["args"]), accelerator)
+    args = ppo.Args(**record["args"] | {"attention": "sdpa"})  # ours needs kernels.setup
+    trained = replay.load(model, bad, args, accelerator)
     names = {p: key for key, p in trained.model.named_parameters()}
     found = {
         f"{names[p]}.{k}": x
