@@ -49,9 +49,21 @@ def make_model(path: str, layers: int = 2) -> None:
         tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>"
     ).save_pretrained(path)
     special = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None}
-    shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": layers, "num_attention_heads": 2}
-    config = Qwen2Config(vocab_size=11, num_key_value_heads=1, max_position_embeddings=64, initializer_range=0.1,
-                         tie_word_embeddings=True, **shape, **special)
+    shape = {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 2,
+    }
+    config = Qwen2Config(
+        vocab_size=11,
+        num_key_value_heads=1,
+        max_position_embeddings=64,
+        initializer_range=0.1,
+        tie_word_embeddings=True,
+        **shape,
+        **special,
+    )
     Qwen2ForCausalLM(config).save_pretrained(path)
 
 
