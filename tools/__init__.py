@@ -1,1 +1,1 @@
-"""Programs around a run."""
+"""Programs about runs: nothing here is needed to train."""
