@@ -1,4 +1,4 @@
-"""python tools/report.py RUN [RUN ...]: one page about runs, that needs no network and no other file.
+"""python tools/report.py RUN [RUN ...]: one page about runs, one file that needs no network.
 
 Owns: reading run folders (config.json, metrics.jsonl, samples.jsonl), which runs are seeds of one
 configuration, the data that the page shows (the page itself is report.html beside this file), and
