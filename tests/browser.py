@@ -35,7 +35,8 @@ class Browser:
         theirs_in, self.out = os.pipe()
         self.inp, theirs_out = os.pipe()
         flags = "--headless=new --no-sandbox --disable-gpu --disable-dev-shm-usage --remote-debugging-pipe"
-        # the browser reads descriptor 3 and writes 4; through high numbers, so that neither overwrites the other
+        # the browser reads descriptor 3 and writes 4; through high numbers, so that neither
+        # overwrites the other
         plumb = f'exec 8<&{theirs_in} 9>&{theirs_out} 3<&8 4>&9 8<&- 9>&-; exec "$@"'
         command = [
             "bash",
@@ -115,7 +116,8 @@ class Browser:
         self.wait("location.href !== 'about:blank' && document.readyState === 'complete'")
 
     def complaints(self) -> list:
-        """Exceptions, console messages, log entries and requests for anything but the page itself."""
+        """Exceptions, console messages, log entries and requests for anything but the page
+        itself."""
         self.js("new Promise(done => requestAnimationFrame(() => setTimeout(done, 50)))")
         kinds = ("Runtime.exceptionThrown", "Runtime.consoleAPICalled", "Log.entryAdded")
         asked = [

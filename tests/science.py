@@ -1,9 +1,10 @@
-"""python tests/science.py FOLDER [WAY ...]: which choices matter, on the Countdown run of run_cpu.sh, over three seeds.
+"""python tests/science.py FOLDER [WAY ...]: which choices matter, on the Countdown run of
+run_cpu.sh, over three seeds.
 
-Every way is one process of ppo.py with the flags of run_cpu.sh, 30 steps (some 20) of 512 samples, from the same warm
-models (tests/tiny.py, made when they are missing); two run at a time, a thread each. Runs that are in FOLDER are
-not done again. Ends with a Markdown table of held-out accuracy (512 problems, temperature 1), mean and range over the
-seeds, and FOLDER/science.png.
+Every way is one process of ppo.py with the flags of run_cpu.sh, 30 steps (some 20) of 512 samples,
+from the same warm models (tests/tiny.py, made when they are missing); two run at a time, a thread
+each. Runs that are in FOLDER are not done again. Ends with a Markdown table of held-out accuracy
+(512 problems, temperature 1), mean and range over the seeds, and FOLDER/science.png.
 """
 
 import json
@@ -21,19 +22,23 @@ import matplotlib.pyplot as plt
 from planted import ROOT, Bug, plant
 
 SEEDS, STEPS, FEWER = (0, 1, 2), 30, 20
-FLAGS = "--task countdown3 --prompts_per_step 128 --samples_per_prompt 4 --minibatch_size 256 --max_prompt_tokens 32 "
-FLAGS += "--max_new_tokens 160 --max_tokens_per_microbatch 8000 --lr 1e-3 --no_gradient_checkpointing --eval_every 10 "
-FLAGS += "--eval_rows 512"
+FLAGS = """
+    --task countdown3 --prompts_per_step 128 --samples_per_prompt 4 --minibatch_size 256
+    --max_prompt_tokens 32 --max_new_tokens 160 --max_tokens_per_microbatch 8000 --lr 1e-3
+    --no_gradient_checkpointing --eval_every 10 --eval_rows 512
+    """
 CRITIC = "--critic_lr 2e-3 --critic_warmup 1"
-# an engine that samples the training batch (n > 1) hotter than it was told; evaluation and canary are as ever
+# an engine that samples the training batch (n > 1) hotter than it was told; evaluation and canary
+# are as ever
 HOT = Bug(
     "hot",
     "rollout.py",
-    "n=n, temperature=temperature,",
-    "n=n, temperature=temperature * (1.5 if n > 1 else 1),",
+    "n=n,\n                    temperature=temperature,",
+    "n=n,\n                    temperature=temperature * (1.5 if n > 1 else 1),",
     (),
 )
-# (20 steps: after so many in a row runs.GUARDS ends a run whose engine is more than 0.1 nats a token off)
+# (20 steps: after so many in a row GUARDS of infra/run.py end a run whose engine is more than 0.1
+# nats a token off)
 WAYS = {  # name: (flags, what is planted, panel; but for the first panel FEWER steps)
     "PPO": (CRITIC, None, "advantages"),
     "GRPO": ("--advantage grpo", None, "advantages"),

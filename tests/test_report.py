@@ -87,7 +87,8 @@ def answers(steps: int, each: int, length: int = 6) -> list[dict]:
 
 @pytest.fixture(scope="module")
 def toy(tmp_path_factory) -> Path:
-    """A real run, by plain PyTorch; with tokens, values and advantages where the trainer has not written them."""
+    """A real run, by plain PyTorch; with tokens, values and advantages where the trainer has not
+    written them."""
     out = tmp_path_factory.mktemp("toy") / "toy-run"
     flags = ["--steps", "12", "--prompts_per_step", "64", "--eval_every", "6", "--eval_rows", "16"]
     command = [sys.executable, ROOT / "tests/toy.py", out, *flags]
@@ -119,8 +120,9 @@ def page(*folders: Path, **options) -> Path:
 
 
 def test_a_real_run(toy, chromium):
-    """Guards against a page that raises, asks for anything, or shows no curves, no numbers and no samples of a run
-    that ppo.py has made; and against one without --png that is not written where the message says."""
+    """Guards against a page that raises, asks for anything, or shows no curves, no numbers and no
+    samples of a run that ppo.py has made; and against one without --png that is not written where
+    the message says."""
     done = subprocess.run(
         [sys.executable, ROOT / "tools/report.py", toy], capture_output=True, text=True, timeout=60
     )
@@ -172,8 +174,9 @@ def test_hover_and_keys_show_the_numbers(tmp_path, chromium):
 
 
 def test_seeds_are_a_band(tmp_path, chromium):
-    """Guards what is one group: runs that differ in seed, folder and warm model; another learning rate or model is not.
-    The line is the mean, the band holds all seeds, and the switch shows each of them."""
+    """Guards what is one group: runs that differ in seed, folder and warm model; another learning
+    rate or model is not. The line is the mean, the band holds all seeds, and the switch shows each
+    of them."""
     runs = [make(tmp_path / f"cpu-seed{i}", 5, seed=i) for i in range(3)]
     path = page(*runs, make(tmp_path / "faster", 5, lr=2, model=f"{tmp_path}/cpu-seed0.warm"))
     groups = report.group_runs([report.read_run(folder) for folder in (*runs, tmp_path / "faster")])
@@ -205,7 +208,8 @@ def test_seeds_are_a_band(tmp_path, chromium):
 
 
 def test_samples_can_be_walked_and_filtered(tmp_path, chromium):
-    """Guards the browser of samples: buttons, slider, keys, filters, search, the end of the thinking."""
+    """Guards the browser of samples: buttons, slider, keys, filters, search, the end of the
+    thinking."""
     chromium.open(page(make(tmp_path / "run", 3, samples=answers(3, 4))))
     where = "document.getElementById('where').textContent"
 
@@ -246,8 +250,8 @@ def test_samples_can_be_walked_and_filtered(tmp_path, chromium):
 
 
 def test_tokens_are_coloured(tmp_path, chromium):
-    """Guards the colours: none, by value, by advantage (its sign is a hue), the numbers of a token, and the text, which
-    is the same in all three."""
+    """Guards the colours: none, by value, by advantage (its sign is a hue), the numbers of a token,
+    and the text, which is the same in all three."""
     tokens, values, advantages = (
         ["a", "b</th", "ink>", "c"],
         [0.0, 0.25, 0.5, 1.0],
@@ -287,7 +291,8 @@ def test_tokens_are_coloured(tmp_path, chromium):
 
 
 def test_hostile_samples_run_nothing(tmp_path, chromium):
-    """Guards the reader: a model may write HTML and JavaScript into every text of a sample. Names, too."""
+    """Guards the reader: a model may write HTML and JavaScript into every text of a sample. Names,
+    too."""
     rng = random.Random(0)
     hostile = {"step": 1, "id": HOSTILE, "prompt": HOSTILE, "response": HOSTILE, HOSTILE: HOSTILE}
     chat = [{"role": HOSTILE, "content": HOSTILE}, HOSTILE]
@@ -325,7 +330,8 @@ def test_hostile_samples_run_nothing(tmp_path, chromium):
 
 
 def test_phone_width_and_both_themes(toy, tmp_path, chromium):
-    """Guards readers on phones (nothing is wider than the screen) and in the dark (text can be read in both)."""
+    """Guards readers on phones (nothing is wider than the screen) and in the dark (text can be read
+    in both)."""
     words = [{"step": 1, "prompt": "x" * 900, "response": "y" * 900}]
     wide = make(tmp_path / ("a-very-long-name-" * 6), 3, samples=words)
     contrast = """(() => { const c = document.createElement('canvas').getContext('2d', {willReadFrequently: true});
@@ -353,8 +359,9 @@ def test_phone_width_and_both_themes(toy, tmp_path, chromium):
 
 
 def test_pages_stay_small(tmp_path):
-    """Guards the size of the page: 2,000 samples in 5 MB; long runs of long responses in 10, with a word about what is
-    missing, the first and the last step still there, and curves of at most about a thousand points."""
+    """Guards the size of the page: 2,000 samples in 5 MB; long runs of long responses in 10, with a
+    word about what is missing, the first and the last step still there, and curves of at most about
+    a thousand points."""
     samples = answers(200, 10, length=60)
     assert 100 <= sum(len(row["tokens"]) for row in samples) / 2000 <= 300
     built = page(make(tmp_path / "many", 200, samples=samples))
@@ -393,7 +400,8 @@ def test_pages_stay_small(tmp_path):
 
 
 def test_torn_lines_and_runs_without_a_critic(tmp_path, chromium):
-    """Guards runs that are being written, and --advantage grpo: no keys of a critic, no values, no panels of it."""
+    """Guards runs that are being written, and --advantage grpo: no keys of a critic, no values, no
+    panels of it."""
     rng = random.Random(0)
     samples = [tokens_of(row, rng, critic=False) for row in answers(2, 2)]
     samples = [{key: value for key, value in row.items() if key != "values"} for row in samples]
@@ -417,8 +425,8 @@ def test_torn_lines_and_runs_without_a_critic(tmp_path, chromium):
 
 
 def test_watch_shows_new_rows(tmp_path, chromium):
-    """Guards --watch: a new row is in the page soon after, Ctrl-C leaves one that reloads itself no more, and a reload
-    keeps what was chosen."""
+    """Guards --watch: a new row is in the page soon after, Ctrl-C leaves one that reloads itself no
+    more, and a reload keeps what was chosen."""
     folder = make(tmp_path / "run", 2, samples=answers(2, 2))
     command = [sys.executable, "-u", ROOT / "tools/report.py", folder, "--watch"]
     log = tmp_path / "log"

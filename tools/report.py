@@ -1,10 +1,12 @@
-"""python tools/report.py RUN [RUN ...]: one page about runs, report.html, that needs no network and no other file.
+"""python tools/report.py RUN [RUN ...]: one page about runs, one file that needs no network.
 
 Owns: reading run folders (config.json, metrics.jsonl, samples.jsonl), which runs are seeds of one
 configuration, the data that the page shows (the page itself is report.html beside this file), and
 the same curves as PNGs.
+
 Refuses to know: how a run is made. It imports nothing of the trainer, and reads what is there while
 a run goes on.
+
 Left out on purpose: plotting libraries in the page (it draws its own SVG), a server (--watch writes
 the file again and the page reloads itself), trust in samples: text of a model only ever becomes
 text nodes, and the page may run no other script.
@@ -187,7 +189,8 @@ def number(value) -> float | None:
 
 
 def read_run(folder: Path, budget: int = SAMPLE_BYTES, points: int = CURVE_POINTS) -> dict:
-    """Flags, curves and as many samples as fit into `budget` bytes. ValueError where this is no run."""
+    """Flags, curves and as many samples as fit into `budget` bytes. ValueError where this is no
+    run."""
     config = read_config(folder)
     rows = read_rows(folder / "metrics.jsonl")
     samples, total = read_samples(folder / "samples.jsonl", budget)
@@ -227,8 +230,9 @@ def read_rows(file: Path) -> list[dict]:
 
 
 def thin(rows: list[dict], points: int) -> dict:
-    """Curves of at most so many points, each the mean of `bucket` neighbouring steps: a power of two,
-    so that those of a longer and a shorter run meet. Evaluations are rare and stay as they are."""
+    """Curves of at most so many points, each the mean of `bucket` neighbouring steps: a power of
+    two, so that those of a longer and a shorter run meet. Evaluations are rare and stay as they
+    are."""
     last = max((row["step"] for row in rows), default=1)
     bucket = 1
     while bucket * points < last:
@@ -262,12 +266,12 @@ def read_samples(file: Path, budget: int) -> tuple[list[dict], int]:
         return [], 0
     few = pick(file, starts, min(len(starts), 40))
     wanted = min(len(starts), int(budget / size_in_page(few) * max(1, len(few))))
-    samples = pick(file, starts, wanted)
-    used = size_in_page(samples)
-    while used > budget and wanted > 1:
-        wanted = max(1, int(wanted * min(0.95, budget / used)))
+    while True:
         samples = pick(file, starts, wanted)
         used = size_in_page(samples)
+        if used <= budget or wanted <= 1:
+            break
+        wanted = max(1, int(wanted * min(0.95, budget / used)))
     if wanted == len(starts):
         return samples, len(samples)  # torn lines are no samples
     return samples, len(starts)
@@ -429,18 +433,17 @@ def summary(run: dict) -> dict:
     config = run["config"]
     trained = [row for row in rows if "reward/mean" in row] or [{}]
     correct = [row["eval/correct"] for row in rows if "eval/correct" in row]
-    seconds = sum(row.get("time/step", 0) for row in rows)
     return {
         "run": run["name"],
         "task": config.get("task"),
         "model": Path(str(config.get("model"))).name,
         "seed": config.get("seed"),
-        "steps": max((row["step"] for row in rows), default=0),
+        "steps": rows[-1]["step"] if rows else 0,
         "reward": number(trained[-1].get("reward/mean")),
         "correct": number(trained[-1].get("reward/correct")),
         "held-out before": number(correct[0]) if correct else None,
         "after": number(correct[-1]) if len(correct) > 1 else None,
-        "minutes": number(seconds / 60),
+        "minutes": number(sum(row.get("time/step", 0) for row in rows) / 60),
     }
 
 
@@ -458,15 +461,16 @@ def differences(configs: list[dict]) -> list[list[str]]:
 
 
 def encode(data) -> str:
-    """JSON that cannot end the element that it stands in: no text of a sample is ever seen as HTML."""
+    """JSON that cannot end the element that it stands in: no text of a sample is ever seen as
+    HTML."""
     text = json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
     text = text.replace("<", "\\u003c")
     return text.encode(errors="replace").decode()  # lone halves of surrogate pairs become ?
 
 
 def build(runs: list[dict], watch: int = 0) -> str:
-    """report.html with the data in it; it reloads itself every `watch` seconds. Its policy names its
-    own script and style by their hashes and forbids everything else."""
+    """report.html with the data in it; it reloads itself every `watch` seconds. Its policy names
+    its own script and style by their hashes and forbids everything else."""
     groups = group_runs(runs)
     sections, others = filled_sections(runs)
     fields = ("name", "steps", "curves", "samples", "total", "bucket")
@@ -508,8 +512,8 @@ def running_means(run: dict, key: str, weight: float) -> dict[int, float]:
 
 
 def band(members: list[dict], key: str, weight: float) -> list[tuple]:
-    """(step, mean, min, max over the runs) at the steps that all runs with this key have, of running
-    means; evaluations as they are."""
+    """(step, mean, min, max over the runs) at the steps that all runs with this key have, of
+    running means; evaluations as they are."""
     if key.startswith("eval/"):
         weight = 0.0
     lines = [running_means(run, key, weight) for run in members if key in run["curves"]]
