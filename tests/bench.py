@@ -4,6 +4,7 @@ Every number that matters is a ratio of two things that were measured in turn, A
 and a time of today says nothing about a time of yesterday. Behind each median stand the least and the largest ratio.
 Models are random, seeds fixed, files temporary. One thread a process, but for `logprob`.
 """
+
 import functools
 import gc
 import importlib.util
@@ -41,11 +42,36 @@ CUDA = torch.cuda.is_available()
 ALONE = dist.Ranks()
 DEVICE, DTYPE = ("cuda", torch.bfloat16) if CUDA else ("cpu", torch.float32)
 # flags of ppo.py: the step that TRL is compared with, and run_cpu.sh
-DEMO = ["--prompts_per_step", "128", "--samples_per_prompt", "4", "--minibatch_size", "256",
-        "--max_prompt_tokens", "32", "--max_new_tokens", "160", "--max_tokens_per_microbatch", "8000",
-        "--lr", "1e-6"]  # fmt: skip
-TRL = ["--max_new_tokens", "256", "--prompts_per_step", "64", "--samples_per_prompt", "4", "--max_prompt_tokens", "64",
-       "--max_tokens_per_microbatch", "8000", "--lr", "1e-6"]  # fmt: skip
+DEMO = [
+    "--prompts_per_step",
+    "128",
+    "--samples_per_prompt",
+    "4",
+    "--minibatch_size",
+    "256",
+    "--max_prompt_tokens",
+    "32",
+    "--max_new_tokens",
+    "160",
+    "--max_tokens_per_microbatch",
+    "8000",
+    "--lr",
+    "1e-6",
+]
+TRL = [
+    "--max_new_tokens",
+    "256",
+    "--prompts_per_step",
+    "64",
+    "--samples_per_prompt",
+    "4",
+    "--max_prompt_tokens",
+    "64",
+    "--max_tokens_per_microbatch",
+    "8000",
+    "--lr",
+    "1e-6",
+]
 
 # ---------------------------------------------------------------------------------------------------------- measuring
 
@@ -77,19 +103,31 @@ def table(title: str, columns: str, rows: list[list]) -> None:
     """Columns are separated by `|`, as they will be."""
     print(f"\n**{title}**\n\n| {columns} |\n|" + "---|" * (columns.count("|") + 1))
     for row in rows:
-        print("| " + " | ".join(f"{cell:.2f}" if isinstance(cell, float) else str(cell) for cell in row) + " |")
+        print(
+            "| "
+            + " | ".join(f"{cell:.2f}" if isinstance(cell, float) else str(cell) for cell in row)
+            + " |"
+        )
     sys.stdout.flush()
 
 
 def child(function: Callable, ranks: int = 0, threads: int = 1, **given):
     """What `function(**given)` says in a fresh process, or on rank 0 of `ranks` processes under torchrun."""
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)] if ranks else []
+        launcher = (
+            ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
+            if ranks
+            else []
+        )
         call = [__file__, "child", function.__name__, json.dumps(given), f"{folder}/answer"]
         env = os.environ | {"OMP_NUM_THREADS": str(threads), "HF_DATASETS_CACHE": f"{folder}/cache"}
-        run = subprocess.run([sys.executable, *launcher, *call], env=env, cwd=folder, capture_output=True, text=True)
+        run = subprocess.run(
+            [sys.executable, *launcher, *call], env=env, cwd=folder, capture_output=True, text=True
+        )
         if run.returncode:
-            raise RuntimeError(f"{function.__name__} {given}: {run.stdout[-500:]}\n{run.stderr[-3000:]}")
+            raise RuntimeError(
+                f"{function.__name__} {given}: {run.stdout[-500:]}\n{run.stderr[-3000:]}"
+            )
         return json.loads(Path(folder, "answer").read_text())
 
 
@@ -99,11 +137,19 @@ def make_model(path: str, hidden: int, layers: int, vocab: int = 384, stops: boo
     torch.manual_seed(0)
     tokenizer = tiny.make_tokenizer()
     config = Qwen2Config(
-        vocab_size=max(vocab, len(tokenizer)), hidden_size=hidden, intermediate_size=3 * hidden,
-        num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=8192,
-        initializer_range=0.05, tie_word_embeddings=True, bos_token_id=None, pad_token_id=tokenizer.pad_token_id,
+        vocab_size=max(vocab, len(tokenizer)),
+        hidden_size=hidden,
+        intermediate_size=3 * hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=8192,
+        initializer_range=0.05,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id,
-    )  # fmt: skip
+    )
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     if stops:
         with torch.no_grad():  # all embeddings share a large part, and that of EOS is larger
@@ -135,7 +181,9 @@ def random_batch(lengths: list[int], vocab: int) -> tuple[torch.Tensor, torch.Te
     return ids.masked_fill(column >= length, 0).to(DEVICE), mask.to(DEVICE)
 
 
-def packed_update(policy, critic, ids, mask, lengths: list[int], budget: int, ranks=ALONE) -> torch.Tensor:
+def packed_update(
+    policy, critic, ids, mask, lengths: list[int], budget: int, ranks=ALONE
+) -> torch.Tensor:
     """Forward and backward of both models on packed rows; the loss. Advantages and returns are made up."""
     total, scale = torch.zeros((), device=ids.device), ranks.world / mask.sum()
     micro = data.plan_microbatches([n - 1 for n in lengths], budget, ranks.rows)[ranks.row]
@@ -156,7 +204,10 @@ def padded_batches(lengths: list[int], budget: int) -> list[list[int]]:
     """Rows in the order in which they were drawn, as many as fit rows x width."""
     batches: list[list[int]] = [[]]
     for b in range(len(lengths)):
-        if batches[-1] and (len(batches[-1]) + 1) * max(lengths[i] for i in [*batches[-1], b]) > budget:
+        if (
+            batches[-1]
+            and (len(batches[-1]) + 1) * max(lengths[i] for i in [*batches[-1], b]) > budget
+        ):
             batches.append([])
         batches[-1].append(b)
     return batches
@@ -164,17 +215,33 @@ def padded_batches(lengths: list[int], budget: int) -> list[list[int]]:
 
 def padded_update(policy, critic, ids, mask, lengths: list[int], budget: int) -> torch.Tensor:
     """packed_update in the usual way."""
-    total, scale, length = torch.zeros((), device=ids.device), 1 / mask.sum(), torch.tensor(lengths, device=ids.device)
+    total, scale, length = (
+        torch.zeros((), device=ids.device),
+        1 / mask.sum(),
+        torch.tensor(lengths, device=ids.device),
+    )
     places = torch.arange(ids.numel(), device=ids.device).view(ids.shape)
     for rows in padded_batches(lengths, budget):
         width = max(lengths[b] for b in rows)
-        x, chosen, target = ids[rows, :width], mask[rows, 1:width], torch.cos(places[rows, 1:width].float())
+        x, chosen, target = (
+            ids[rows, :width],
+            mask[rows, 1:width],
+            torch.cos(places[rows, 1:width].float()),
+        )
         real = (torch.arange(width, device=ids.device) < length[rows, None]).long()
         with torch.autocast(DEVICE, torch.bfloat16, enabled=CUDA):
-            hidden = policy.model(input_ids=x, attention_mask=real, use_cache=False).last_hidden_state
+            hidden = policy.model(
+                input_ids=x, attention_mask=real, use_cache=False
+            ).last_hidden_state
             head = policy.lm_head.weight.to(hidden.dtype)
-            logprobs, _ = kernels.token_logprobs_ref(hidden[:, :-1][chosen], head, x[:, 1:][chosen], 1.0)
-            values = critic(input_ids=x, attention_mask=real, use_cache=False).logits[:, :-1, 0][chosen].float()
+            logprobs, _ = kernels.token_logprobs_ref(
+                hidden[:, :-1][chosen], head, x[:, 1:][chosen], 1.0
+            )
+            values = (
+                critic(input_ids=x, attention_mask=real, use_cache=False)
+                .logits[:, :-1, 0][chosen]
+                .float()
+            )
         loss = -(logprobs * target[chosen]).sum() * scale
         loss.backward()
         error = 0.5 * ((values - target[chosen]) ** 2).sum() * scale
@@ -188,7 +255,9 @@ def draw(mix: str, tokens: int, longest: int) -> list[int]:
     rng, lengths = random.Random(mix), []
     while sum(lengths) < tokens:
         long_tailed = 0.15 * longest * rng.lognormvariate(-0.5, 1.0)
-        n = {"long-tailed": long_tailed, "uniform": rng.uniform(2, longest), "equal": longest // 4}[mix]
+        n = {"long-tailed": long_tailed, "uniform": rng.uniform(2, longest), "equal": longest // 4}[
+            mix
+        ]
         lengths.append(int(min(max(n, 2), longest)))
     return lengths
 
@@ -204,7 +273,9 @@ def packed() -> None:
         _, policy, critic = load_pair(path)
         options = {"dtype": torch.float32, "attn_implementation": "sdpa"}
         plain = AutoModelForCausalLM.from_pretrained(path, **options).to(DEVICE)
-        valued = AutoModelForTokenClassification.from_pretrained(path, num_labels=1, **options).to(DEVICE)
+        valued = AutoModelForTokenClassification.from_pretrained(path, num_labels=1, **options).to(
+            DEVICE
+        )
     with torch.no_grad():  # not zero, as it starts: the gradient has to reach the layers
         critic.score.weight.normal_(0, 0.02, generator=torch.Generator(DEVICE).manual_seed(0))
     valued.load_state_dict(critic.state_dict())
@@ -219,13 +290,19 @@ def packed() -> None:
             for model in pair:
                 model.zero_grad()
             loss = update().item()
-            outcomes.append([loss, *(torch.nn.utils.clip_grad_norm_(m.parameters(), 1e9).item() for m in pair)])
+            outcomes.append(
+                [loss, *(torch.nn.utils.clip_grad_norm_(m.parameters(), 1e9).item() for m in pair)]
+            )
         agree = max(abs(a / b - 1) for a, b in zip(*outcomes))
         assert agree < (0.05 if CUDA else 1e-4), f"{mix}: loss and norms {outcomes}"
         fast, slow = alternate(5, ours, theirs)
-        slots = sum(len(b) * max(lengths[i] for i in b) for b in padded_batches(lengths, budget)) / sum(lengths)
+        slots = sum(
+            len(b) * max(lengths[i] for i in b) for b in padded_batches(lengths, budget)
+        ) / sum(lengths)
         medians = [f"{statistics.median(times):.2f}" for times in (fast, slow)]
-        rows.append([mix, budget, len(lengths), sum(lengths), slots, *medians, f"**{ratio(slow, fast)}**"])
+        rows.append(
+            [mix, budget, len(lengths), sum(lengths), slots, *medians, f"**{ratio(slow, fast)}**"]
+        )
     columns = "lengths | budget | sequences | tokens | padded slots / tokens | packed, s | padded, s | padded / packed"
     table(f"One update, packed against padded (answers up to {longest} tokens)", columns, rows)
 
@@ -258,7 +335,9 @@ def peak(which: str, shape: list[int]) -> float:
 
 
 def head_times(shape: list[int], rounds: int) -> list[list[float]]:
-    return alternate(rounds, *(head_run(which, *shape) for which in ("token_logprobs", "token_logprobs_ref")))
+    return alternate(
+        rounds, *(head_run(which, *shape) for which in ("token_logprobs", "token_logprobs_ref"))
+    )
 
 
 def logprob() -> None:
@@ -266,15 +345,27 @@ def logprob() -> None:
     hidden states and head. Memory is what a fresh process takes at its peak beyond its inputs; times are taken in turn
     in another process. Two threads."""
     rows, both = [], ("token_logprobs", "token_logprobs_ref")
-    free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES") if not CUDA else torch.cuda.mem_get_info()[0]
+    free = (
+        os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+        if not CUDA
+        else torch.cuda.mem_get_info()[0]
+    )
     for *shape, rounds in ((1024, 32_000, 256, 7), (4096, 32_000, 256, 5), (1024, 151_936, 896, 3)):
         if (needs := 6 * 4 * shape[0] * shape[1]) > free:
             rows.append([*shape, f"the naive way needs some {needs / 2**30:.0f} GB"] + [""] * 5)
             continue
         chunked, naive = (child(peak, threads=2, which=which, shape=shape) for which in both)
         fast, slow = child(head_times, threads=2, shape=shape, rounds=rounds)
-        rows.append([*shape, f"{chunked:.0f}", f"{naive:.0f}", f"**1/{naive / chunked:.1f}**",
-                     *map(statistics.median, (fast, slow)), f"**{ratio(fast, slow)}**"])  # fmt: skip
+        rows.append(
+            [
+                *shape,
+                f"{chunked:.0f}",
+                f"{naive:.0f}",
+                f"**1/{naive / chunked:.1f}**",
+                *map(statistics.median, (fast, slow)),
+                f"**{ratio(fast, slow)}**",
+            ]
+        )
     columns = "tokens | vocabulary | hidden | chunked, MB | naive, MB | ratio | chunked, s | naive, s | ratio"
     table("Log-prob and entropy, forward and backward, without the logits", columns, rows)
 
@@ -300,30 +391,51 @@ def our_run(flags: list[str]) -> list[dict]:
     return ppo.train(ppo.parse_args([*flags, "--out", "run", "--no_gradient_checkpointing"]))[1:]
 
 
-def trl_run(model: str, prompts: int, samples: int, new: int, steps: int, use_vllm: bool) -> list[dict]:
+def trl_run(
+    model: str, prompts: int, samples: int, new: int, steps: int, use_vllm: bool
+) -> list[dict]:
     """Seconds of each step of TRL's GRPO but the first, and of the parts that take most of it."""
     from datasets import Dataset
     from transformers import TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
 
     engine = {}
-    if use_vllm:  # what makes it work on CPU: weights that stay plain, and fp32 as asked for on our side
+    if (
+        use_vllm
+    ):  # what makes it work on CPU: weights that stay plain, and fp32 as asked for on our side
         import trl.generation.vllm_generation as theirs
 
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         rollout._prepare_cpu()
-        theirs.LLM = functools.partial(theirs.LLM, dtype="float32", enforce_eager=True, kv_cache_memory_bytes=256 << 20)
+        theirs.LLM = functools.partial(
+            theirs.LLM, dtype="float32", enforce_eager=True, kv_cache_memory_bytes=256 << 20
+        )
         engine = {"use_vllm": True, "vllm_mode": "colocate", "vllm_max_model_length": 64 + new}
     config = GRPOConfig(
-        output_dir="trl", per_device_train_batch_size=prompts * samples, num_generations=samples, max_steps=steps,
-        max_completion_length=new, learning_rate=1e-6, beta=0.0, gradient_checkpointing=False, bf16=False,
-        use_cpu=not CUDA, report_to="none", save_strategy="no", logging_steps=1, disable_tqdm=True, seed=0, **engine,
-    )  # fmt: skip
+        output_dir="trl",
+        per_device_train_batch_size=prompts * samples,
+        num_generations=samples,
+        max_steps=steps,
+        max_completion_length=new,
+        learning_rate=1e-6,
+        beta=0.0,
+        gradient_checkpointing=False,
+        bf16=False,
+        use_cpu=not CUDA,
+        report_to="none",
+        save_strategy="no",
+        logging_steps=1,
+        disable_tqdm=True,
+        seed=0,
+        **engine,
+    )
     rows = load_bench("train", 0, "base")[: prompts * steps]
     trainer = GRPOTrainer(
-        model=model, args=config, train_dataset=Dataset.from_list([{"prompt": row["prompt"]} for row in rows]),
+        model=model,
+        args=config,
+        train_dataset=Dataset.from_list([{"prompt": row["prompt"]} for row in rows]),
         reward_funcs=lambda completions, **_: [variety(text) for text in completions],
-    )  # fmt: skip
+    )
     parts, history = {}, []
 
     def watch(key: str, call: Callable) -> Callable:
@@ -341,12 +453,20 @@ def trl_run(model: str, prompts: int, samples: int, new: int, steps: int, use_vl
             history.append(parts | {"time/step": time.perf_counter() - self.begun})
             parts.clear()
 
-    watched = {"generate": "_generate_single_turn", "reward": "_calculate_rewards", "loss": "compute_loss"}
+    watched = {
+        "generate": "_generate_single_turn",
+        "reward": "_calculate_rewards",
+        "loss": "compute_loss",
+    }
     for key, name in watched.items() | {("log-probs", "_get_per_token_logps_and_entropies")}:
         setattr(trainer, name, watch(key, getattr(trainer, name)))
     trainer.add_callback(Clock())
     trainer.train()
-    lengths = [row["completions/mean_length"] for row in trainer.state.log_history if "completions/mean_length" in row]
+    lengths = [
+        row["completions/mean_length"]
+        for row in trainer.state.log_history
+        if "completions/mean_length" in row
+    ]
     return [row | {"rollout/length_mean": n} for row, n in zip(history, lengths)][1:]
 
 
@@ -365,20 +485,33 @@ def trl() -> None:
         with tempfile.TemporaryDirectory(prefix="bench-") as folder:
             model = make_model(f"{folder}/model", 128, 3, stops=stops)
             for _ in range(launches):
-                sides["ours"] += child(our_run, flags=["--model", model, "--task", "bench", "--steps", "4", *TRL])
+                sides["ours"] += child(
+                    our_run, flags=["--model", model, "--task", "bench", "--steps", "4", *TRL]
+                )
                 for engine in ("transformers", "vLLM"):
                     sides[engine] += child(trl_run, model=model, use_vllm=engine == "vLLM", **size)
         rows, ours = [], [row["time/step"] for row in sides["ours"]]
         for who, steps in sides.items():
-            seconds, length = ([row[key] for row in steps] for key in ("time/step", "rollout/length_mean"))
-            parts = {key: statistics.median(row[key] for row in steps) for key in steps[0] if key.startswith("time/")}
-            text = ", ".join(f"{key[5:]} {t:.2f}" for key, t in parts.items() if t > 0.005 and key != "time/step")
+            seconds, length = (
+                [row[key] for row in steps] for key in ("time/step", "rollout/length_mean")
+            )
+            parts = {
+                key: statistics.median(row[key] for row in steps)
+                for key in steps[0]
+                if key.startswith("time/")
+            }
+            text = ", ".join(
+                f"{key[5:]} {t:.2f}" for key, t in parts.items() if t > 0.005 and key != "time/step"
+            )
             against = f"**{ratio(seconds, ours)}**" if who != "ours" else ""
             name = who if who == "ours" else f"TRL, {who}"
             rows.append([name, f"{statistics.mean(length):.0f}", spread(seconds), against, text])
         lengths = "lengths with a long tail" if stops else "most answers as long as they may be"
-        table(f"A step of 64 x 4 answers of at most 256 tokens, {lengths}",
-              " | answer, tokens | step, s | TRL / ours | parts, s (TRL's loss: only its forward)", rows)  # fmt: skip
+        table(
+            f"A step of 64 x 4 answers of at most 256 tokens, {lengths}",
+            " | answer, tokens | step, s | TRL / ours | parts, s (TRL's loss: only its forward)",
+            rows,
+        )
 
 
 # ----------------------------------------------------------------------------------------------------------- sampling
@@ -391,13 +524,26 @@ def sampling_run(model: str, prompts: int, n: int, new: int) -> list[list[float]
     engine = rollout.VLLMSampler(model, [1], 64 + new, dtype=str(DTYPE)[6:])
     rng = random.Random(0)
     asked = [[rng.randrange(2, 300) for _ in range(rng.randrange(16, 48))] for _ in range(prompts)]
-    params = [SamplingParams(n=n, max_tokens=new, seed=i * n, stop_token_ids=[1], ignore_eos=True, logprobs=0,
-                             flat_logprobs=True, detokenize=False) for i in range(prompts)]  # fmt: skip
+    params = [
+        SamplingParams(
+            n=n,
+            max_tokens=new,
+            seed=i * n,
+            stop_token_ids=[1],
+            ignore_eos=True,
+            logprobs=0,
+            flat_logprobs=True,
+            detokenize=False,
+        )
+        for i in range(prompts)
+    ]
     counts = [[], []]
 
     def bare():
         engine.llm.reset_prefix_cache()  # as the sampler does: prompts of a step are new to the engine
-        outputs = engine.llm.generate([{"prompt_token_ids": ids} for ids in asked], params, use_tqdm=False)
+        outputs = engine.llm.generate(
+            [{"prompt_token_ids": ids} for ids in asked], params, use_tqdm=False
+        )
         counts[0].append(sum(len(c.token_ids) for out in outputs for c in out.outputs))
 
     def ours():
@@ -417,8 +563,14 @@ def sampling() -> None:
         with tempfile.TemporaryDirectory(prefix="bench-") as folder:
             model = make_model(f"{folder}/model", hidden, layers)
             bare, ours = child(sampling_run, model=model, prompts=prompts, n=n, new=128)
-            rows.append([parameters(model), f"{prompts} x {n}", *(f"{statistics.median(x):.0f}" for x in (bare, ours)),
-                         f"**{ratio(ours, bare)}**"])  # fmt: skip
+            rows.append(
+                [
+                    parameters(model),
+                    f"{prompts} x {n}",
+                    *(f"{statistics.median(x):.0f}" for x in (bare, ours)),
+                    f"**{ratio(ours, bare)}**",
+                ]
+            )
     table("Sampling, tokens a second", "model | samples | bare vLLM | VLLMSampler | ratio", rows)
 
 
@@ -457,13 +609,21 @@ def sync() -> None:
             model = make_model(f"{folder}/{hidden}", hidden, layers, vocab, stops=True)
             for ranks in (0, 2):
                 times = child(sync_run, ranks, model=model, rounds=5)
-                milliseconds = [spread([1000 * t for t in times[name]], 0) for name in ("load", "canary")]
+                milliseconds = [
+                    spread([1000 * t for t in times[name]], 0) for name in ("load", "canary")
+                ]
                 rows.append([parameters(model), ranks or 1, *milliseconds])
-        for name, flags, ranks in (("as in `trl`", TRL, 0), ("run_cpu.sh", DEMO, 0), ("run_cpu.sh", DEMO, 2)):
+        for name, flags, ranks in (
+            ("as in `trl`", TRL, 0),
+            ("run_cpu.sh", DEMO, 0),
+            ("run_cpu.sh", DEMO, 2),
+        ):
             flags = ["--model", f"{folder}/128", "--task", "bench", "--steps", "5", *flags]
             steps = child(our_run, ranks, flags=flags)
             part = [100 * row["time/sync"] / row["time/step"] for row in steps]
-            seconds = [statistics.median(row[key] for row in steps) for key in ("time/sync", "time/step")]
+            seconds = [
+                statistics.median(row[key] for row in steps) for key in ("time/sync", "time/step")
+            ]
             length = f"{statistics.mean(row['rollout/length_mean'] for row in steps):.0f}"
             shares.append([name, ranks or 1, length, *seconds, f"**{spread(part, 1)} %**"])
     table("Trainer to engine, milliseconds", "model | ranks | load | canary", rows)
@@ -476,7 +636,9 @@ def sync() -> None:
 def scaling_run(model: str, lengths: list[int], tokens: int, rounds: int) -> list[list[float]]:
     """Seconds of an update of `tokens` tokens in sequences of each length; equal on all ranks, as they wait for all."""
     ranks, policy, critic = load_pair(model)
-    trained = [models.Trained(m, torch.optim.AdamW(m.parameters(), lr=1e-4)) for m in (policy, critic)]
+    trained = [
+        models.Trained(m, torch.optim.AdamW(m.parameters(), lr=1e-4)) for m in (policy, critic)
+    ]
 
     def update(length: int):
         sequences = [length] * (tokens // length)
@@ -497,21 +659,47 @@ def scaling() -> None:
         model = make_model(f"{folder}/model", 128, 2)
         times = child(scaling_run, model=model, lengths=lengths, tokens=tokens, rounds=5)
         rows = [[n, statistics.median(t), ratio(t, times[0])] for n, t in zip(lengths, times)]
-        table(f"An update of {tokens} tokens, by the length of its sequences", "length | seconds | ratio", rows)
+        table(
+            f"An update of {tokens} tokens, by the length of its sequences",
+            "length | seconds | ratio",
+            rows,
+        )
         rows, rounds = [], 2  # launches in turn
         shapes = (0, 1, 2, 4)
-        sides = [[child(scaling_run, n, model=model, lengths=[1024], tokens=16384, rounds=3)[0] for n in shapes]
-                for _ in range(rounds)]  # fmt: skip
+        sides = [
+            [
+                child(scaling_run, n, model=model, lengths=[1024], tokens=16384, rounds=3)[0]
+                for n in shapes
+            ]
+            for _ in range(rounds)
+        ]
         columns = [sum((run[k] for run in sides), []) for k in range(len(shapes))]
         for n, t in zip(shapes, columns):
             note = " (more than cores)" if n > cores else ""
-            rows.append([f"{n or 'one, without torchrun'}{note}", statistics.median(t), ratio(t, columns[0])])
-        table(f"An update of 16384 tokens in sequences of 1024, {cores} cores", "processes | seconds | ratio", rows)
+            rows.append(
+                [
+                    f"{n or 'one, without torchrun'}{note}",
+                    statistics.median(t),
+                    ratio(t, columns[0]),
+                ]
+            )
+        table(
+            f"An update of 16384 tokens in sequences of 1024, {cores} cores",
+            "processes | seconds | ratio",
+            rows,
+        )
 
 
 # --------------------------------------------------------------------------------------------------------------- main
 
-PARTS = {"packed": packed, "logprob": logprob, "trl": trl, "sampling": sampling, "sync": sync, "scaling": scaling}
+PARTS = {
+    "packed": packed,
+    "logprob": logprob,
+    "trl": trl,
+    "sampling": sampling,
+    "sync": sync,
+    "scaling": scaling,
+}
 CHILDREN = (peak, head_times, our_run, trl_run, sampling_run, sync_run, scaling_run)
 
 
@@ -520,7 +708,9 @@ def main(wanted: list[str]) -> None:
         raise SystemExit(f"no part {unknown[0]!r}: choose from {', '.join(PARTS)}")
     processor = torch.cuda.get_device_name() if CUDA else platform.processor() or platform.machine()
     load = os.getloadavg()[0]
-    print(f"{date.today()}, {os.cpu_count()} cores, {processor}, torch {torch.__version__}, load {load:.1f}")
+    print(
+        f"{date.today()}, {os.cpu_count()} cores, {processor}, torch {torch.__version__}, load {load:.1f}"
+    )
     for name in wanted or PARTS:
         begun = time.perf_counter()
         PARTS[name]()

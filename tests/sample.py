@@ -1,4 +1,5 @@
 """[torchrun ...] python tests/sample.py MODEL ENGINE TP TEMPERATURE [STOP]: what an engine answers to fixed prompts."""
+
 import json
 import sys
 from pathlib import Path
@@ -15,12 +16,19 @@ from infra import dist  # noqa: E402
 path, engine, tp, temperature = sys.argv[1], sys.argv[2], int(sys.argv[3]), float(sys.argv[4])
 _, ranks = dist.start_ranks(bf16=False, sp=1)
 tokenizer = AutoTokenizer.from_pretrained(path)
-prompts = data.encode([row["prompt"] for row in data.TASKS["countdown3"]("test", 0, "base")[:6]], tokenizer)
+prompts = data.encode(
+    [row["prompt"] for row in data.TASKS["countdown3"]("test", 0, "base")[:6]], tokenizer
+)
 prompts = [prompt[i:] for i, prompt in enumerate(prompts)]  # of different lengths
-sampler = rollout.make_sampler(engine, path, [tokenizer.eos_token_id], tp=tp, max_len=90, dtype="float32", stop=sys.argv[5:])
+sampler = rollout.make_sampler(
+    engine, path, [tokenizer.eos_token_id], tp=tp, max_len=90, dtype="float32", stop=sys.argv[5:]
+)
 n = 2 if temperature else 1
 seed = n * len(prompts) * ranks.rank // ranks.world
 samples = dist.gather(sampler.sample(dist.share(prompts, ranks), n, 40, temperature, seed), ranks)
 if ranks.rank == 0:
-    print(json.dumps({"prompts": [p for p in prompts for _ in range(n)], "samples": samples}), flush=True)
+    print(
+        json.dumps({"prompts": [p for p in prompts for _ in range(n)], "samples": samples}),
+        flush=True,
+    )
 sampler.close()

@@ -42,9 +42,13 @@ def test_rows_are_shown_as_they_are_fed(tiny, tmp_path):
     assert rows.count("user: ") == rows.count("assistant: ") == 4
 
 
-@pytest.mark.parametrize("flags, says", [
-    (["--task", "cuontdown"], "'cuontdown' is not known"), (["--task", "math"], "--model DIR"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "flags, says",
+    [
+        (["--task", "cuontdown"], "'cuontdown' is not known"),
+        (["--task", "math"], "--model DIR"),
+    ],
+)
 def test_wrong_tasks_are_named(flags, says):
     """Guards a traceback, or rows of something else, in the place of a message."""
     said = run("data.py", *flags)
