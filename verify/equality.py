@@ -345,14 +345,19 @@ def number(s: str) -> Fraction | None:
         return None if value is None else value * Fraction(10) ** int(found[2])
     found = FRACTION.fullmatch(s)
     if found:
-        top = number(found[2] or found[4] or "")
-        bottom = number(found[3] or found[5] or "")
-        if top is None or not bottom:
-            return None
-        return int(found[1] or "0") + top / bottom
+        return mixed(found[1], found[2] or found[4], found[3] or found[5])
     if s[:1] == "(" and closing(s) == len(s) - 1:
         return number(s[1:-1])
     return None
+
+
+def mixed(whole: str | None, top: str | None, bottom: str | None) -> Fraction | None:
+    """1\\frac{2}{3}, or the fraction alone."""
+    numerator = number(top or "")
+    denominator = number(bottom or "")
+    if numerator is None or not denominator:
+        return None
+    return int(whole or "0") + numerator / denominator
 
 
 def decimal(whole: str, part: str, period: str) -> Fraction | None:
