@@ -18,6 +18,15 @@ ROW = {"task": "countdown", "answer": {"numbers": [3, 5, 7], "target": 22}}
 RULES = rewards.Rules()
 
 
+@pytest.fixture(autouse=True)
+def rewards_of_the_file(monkeypatch):
+    """A reader may have entered another reward (README: the first experiment); these are tested all
+    the same."""
+    for name in ("countdown", "math", "code", "gym"):
+        task = {"gym": "rg"}.get(name, name)
+        monkeypatch.setitem(rewards.REWARDS, task, getattr(rewards, name))
+
+
 def wrap(answer: str) -> str:
     return f"let me see</think><answer>{answer}</answer>"
 
