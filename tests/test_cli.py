@@ -287,7 +287,7 @@ def test_checkpoints_are_ordinary_folders(tiny, tmp_path):
     assert (tmp_path / "run" / "infra" / "run.py").exists()
 
 
-@pytest.mark.parametrize("file", ["data.py", "verify/equality.py"])
-def test_files_answer_for_themselves(file):
-    said = run(file)
+def test_data_answers_for_itself():
+    """Guards `python data.py`: rows of every task that needs no file."""
+    said = run("data.py")
     assert said.returncode == 0 and len(said.stdout.splitlines()) > 4

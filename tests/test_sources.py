@@ -3,6 +3,7 @@
 import json
 import re
 
+import datasets
 import fixtures
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -604,3 +605,26 @@ def test_generated_tasks_need_no_source(tok):
     loaded = load(tok, task="countdown,countdown3", template="base", eval_rows=5, seed=3)
     assert {len(rows) for rows in loaded.test.values()} == {5}
     assert loaded.weights == {"countdown": 20_000, "countdown3": 10_000}
+
+
+@pytest.mark.parametrize(
+    "place, flags, config",
+    [
+        ("org/questions", {"data_config": ("socratic",)}, "socratic"),
+        ("org/questions", {}, None),
+        ("openai/gsm8k", {}, "main"),
+        ("openai/gsm8k", {"data_config": ("socratic",)}, "socratic"),
+    ],
+)
+def test_the_configuration_of_a_dataset_of_the_hub(monkeypatch, tok, place, flags, config):
+    """Guards --data_config: another configuration of a dataset than the one that was asked for."""
+    asked = []
+
+    def hub(path, name):  # in place of a download: what would be asked for
+        asked.append((path, name))
+        rows = [{"question": f"What is {n} + 1?", "answer": str(n + 1)} for n in range(60)]
+        return {"train": datasets.Dataset.from_list(rows)}
+
+    monkeypatch.setattr(datasets, "load_dataset", hub)
+    found = load(tok, place, **flags)
+    assert asked == [(place, config)] and len(found.train["math"]) > 50
