@@ -422,7 +422,8 @@ def test_contradictions(words, model):
 def given(name: str) -> set[str]:
     """What tests give a flag: --name VALUE ..., "--name", VALUE, name=VALUE, "name": VALUE; as they are written."""
     gap, out = r"""["']?\s*,\s*f?["']?""", set()
-    for file in (ROOT / "tests").glob("*.py"):
+    checks = (ROOT / "tools" / "gpu").glob("*.py")  # of what only a card can run
+    for file in (*(ROOT / "tests").glob("*.py"), *checks):
         text = file.read_text()
         for before in (
             rf"--{name} ",
