@@ -22,9 +22,10 @@ RULES = rewards.Rules()
 def rewards_of_the_file(monkeypatch):
     """A reader may have entered another reward (README: the first experiment); these are tested all
     the same."""
-    for name in ("countdown", "math", "code", "gym"):
-        task = {"gym": "rg"}.get(name, name)
-        monkeypatch.setitem(rewards.REWARDS, task, getattr(rewards, name))
+    monkeypatch.setitem(rewards.REWARDS, "countdown", rewards.countdown)
+    monkeypatch.setitem(rewards.REWARDS, "math", rewards.math)
+    monkeypatch.setitem(rewards.REWARDS, "code", rewards.code)
+    monkeypatch.setitem(rewards.REWARDS, "rg", rewards.gym)
 
 
 def wrap(answer: str) -> str:
