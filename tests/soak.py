@@ -20,6 +20,7 @@ import attacks  # noqa: E402
 from bench_rewards import answers, programs  # noqa: E402
 
 import rewards  # noqa: E402
+from verify import pool  # noqa: E402
 
 BATCH = 500
 
@@ -118,7 +119,7 @@ def main(samples: int) -> int:
     flat = (
         flat
         and last["descriptors"] <= first["descriptors"] + 4
-        and last["threads"] <= rewards.THREADS + 10
+        and last["threads"] <= pool.THREADS + 10
     )
     return int(bool(wrong or leftovers or last["zombies"] or infra > samples / 1000 or not flat))
 
