@@ -227,6 +227,16 @@ def test_records_are_aligned(monkeypatch):
     assert len(rollout.records(9, rows, samples, texts, scored)) == 6
 
 
+def test_samples_on_the_console_are_three_lines():
+    """Guards the reader of a log: lists of tokens, values and advantages are for the file."""
+    sample = {"step": 9, "id": "a", "prompt": "2=", "response": "22", "finished": True}
+    sample |= {"tokens": ["2", "2"], "values": [0.5, 0.25], "advantages": [1.0, -1.0]}
+    sample |= {"reward": 0.5, "status": "wrong"}
+    asked, said, judged = rollout.show([sample]).splitlines()
+    assert asked.split() == ["prompt", "'2='"] and said.split() == ["response", "'22'"]
+    assert judged.split("judged")[1].strip() == "step 9, finished True, reward 0.5, status wrong"
+
+
 # --------------------------------------------------------------------------------------------- whole runs, once by hand
 
 BASE = (
