@@ -435,12 +435,14 @@ class Batch(Answers):
     Log-probs, entropy and KL are in nats."""
 
     ids: Tensor  # (B, T) long
-    mask: Tensor  # (B, T) bool; EOS included; not what our own machine failed to judge
+    # (B, T) bool; EOS included; add_scores takes out what our own machine failed to judge
+    mask: Tensor
     engine_logprobs: Tensor  # (B, T) as the engine saw them
     lengths: list[int]  # B, prompt + response
     scores: Tensor | None = None  # (B,)
     old_values: Tensor | None = None  # (B, T) under the critic before the update
-    # (B, T) under the policy before the update; None: the update's own, detached
+    # (B, T) under the policy before the update; None when one update is all there is: then
+    # update_policy takes those of its own forward pass, without their gradient
     old_logprobs: Tensor | None = None
     ref_logprobs: Tensor | None = None  # (B, T) under the reference
     kl_coef: float = 0.0  # of this step
@@ -916,7 +918,8 @@ def refill(answers: Answers, draw: Callable[[int], Answers], args: Args) -> Answ
 
 
 def draw_more(setup: Setup, step: int, k: int) -> Answers:
-    """Judged answers to the prompts of a batch that no step has."""
+    """Judged answers to the prompts of a batch that no step has: steps end below 10**6, and a step
+    draws at most 5 times."""
     args, ranks = setup.args, setup.run.ranks
     rows = next_prompts(setup, 10**6 + 5 * step + k)
     n = args.samples_per_prompt
@@ -961,10 +964,10 @@ def sync(setup: Setup, step: int) -> float:
     gap = (logprobs - batch.engine_logprobs).abs().view(run.ranks.world, -1).sum(1)
     tokens = batch.mask.view(run.ranks.world, -1).sum(1)
     worst = (gap / tokens).max().item()
-    limit = 0.05 if args.bf16 else 0.001
-    if not worst < limit:
+    tolerance = 0.05 if args.bf16 else 0.001  # nats a token
+    if not worst < tolerance:
         raise RuntimeError(
-            f"canary at step {step}: log-probs differ by {worst:.4f}, allowed {limit}: "
+            f"canary at step {step}: log-probs differ by {worst:.4f}, allowed {tolerance}: "
             "the engine has stale or wrong weights, or another temperature or precision"
         )
     return worst

@@ -279,6 +279,7 @@ class VLLMSampler:
                     temperature=temperature,
                     max_tokens=min(max_new_tokens, self.max_len - len(ids)),
                     seed=first_seed,
+                    # so EOS stays in the answer, and its log-prob with it
                     stop_token_ids=self.eos_ids,
                     ignore_eos=True,
                     logprobs=0,

@@ -188,7 +188,7 @@ class Run:
         return bool(self.stopped)
 
     def warn_if_diverging(self, row: dict, young: bool) -> None:
-        """Warns about a step's metrics, at the 1st, 10th, 20th ... time in a row. A `young` critic
+        """By GUARDS: warns about a step's metrics, at the 1st, 10th, 20th ... time in a row. A `young` critic
         may be wrong. RuntimeError, and the weights aside, when it has gone on for too long. Alike
         on all ranks."""
         for name, (is_bad, limit, meaning) in GUARDS.items():

