@@ -23,7 +23,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
@@ -174,17 +174,16 @@ class Outcome:
     walls: dict  # "layers" that its server has, and why the "missing" ones are missing
 
 
-@dataclass(order=True)
+@dataclass
 class Job:
-    """One program and one input, in the queue of the workers."""
+    """One program and one input."""
 
-    order: tuple[int, int]  # (tried before, arrival): the smallest goes first
-    kind: str = field(compare=False)
-    unsafe: bool = field(compare=False)
-    limits: dict = field(compare=False)  # as sandbox.py wants them
-    program: bytes = field(compare=False)
-    given: bytes = field(compare=False)
-    future: Future = field(compare=False, default_factory=Future)  # of an Outcome
+    kind: str
+    unsafe: bool
+    limits: dict  # as sandbox.py wants them
+    program: bytes
+    given: bytes
+    future: Future  # of an Outcome
 
 
 class Pool:
@@ -195,7 +194,8 @@ class Pool:
         self.closed = False
         self.process = os.getpid()
         self.arrivals = itertools.count()
-        self.jobs: queue.PriorityQueue[Job] = queue.PriorityQueue()
+        # (tried before, arrival, job): the smallest goes first, and no two jobs arrive as one
+        self.jobs: queue.PriorityQueue[tuple] = queue.PriorityQueue()
         self.calls: queue.SimpleQueue[tuple] = queue.SimpleQueue()
         self.servers: dict[tuple, Server] = {}  # of (worker, kind, unsafe)
         for number in range(workers):
@@ -206,7 +206,7 @@ class Pool:
 
     def work(self, number: int) -> None:
         while True:
-            job = self.jobs.get()
+            _, _, job = self.jobs.get()
             try:
                 job.future.set_result(self.run(job, number))
             except Exception as error:  # raised where the outcome is waited for
@@ -289,9 +289,8 @@ def run_sandboxed(
         data = str(given).encode("utf-8", "surrogatepass")
     limits = {"kind": how, "fn_name": name, "cpu": cpu, "memory": MEMORY, "output": size}
     for tried, wall in enumerate((KINDS[kind].first_try, 2 * cpu + 1)):
-        order = (tried, next(pool.arrivals))
-        job = Job(order, kind, unsafe, limits | {"wall": wall}, program, data)
-        pool.jobs.put(job)
+        job = Job(kind, unsafe, limits | {"wall": wall}, program, data, Future())
+        pool.jobs.put((tried, next(pool.arrivals), job))
         outcome = job.future.result()
         if outcome.status != "timeout":
             break
