@@ -14,7 +14,8 @@ A row is the only contract with rewards.py: {"task": str, "prompt": str | list[d
 is applied at run time.
 
 A new task whose rows are made by rule is a loader in TASKS. A new task whose rows are read from
-files is a function in ANSWERS, and a sentence in INSTRUCTIONS.
+files is a function in ANSWERS, and a sentence in INSTRUCTIONS. Either way its reward is an entry of
+REWARDS in rewards.py.
 """
 
 import glob

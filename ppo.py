@@ -1017,6 +1017,7 @@ def train(args: Args) -> list[dict]:
     engine.sleep()
     load_models(setup)
     policy, critic, reference = setup.policy, setup.critic, setup.reference
+    # with --kl_target it moves, and a resume goes on from where it was
     kl_coef = run.carried["kl_coef"] or args.kl_coef
     if args.steps:
         run.open()
