@@ -428,8 +428,8 @@ BUGS = [
     Bug(
         "eos-missing-from-mask",
         "rollout.py",
-        "[True] * len(sample.ids) + [False] * padding",
-        "[True] * (len(sample.ids) - sample.finished) + [False] * (padding + sample.finished)",
+        "[True] * len(sample.ids)",
+        "[True] * (len(sample.ids) - sample.finished) + [False] * sample.finished",
         ALIGNMENT,
     ),
     Bug(
@@ -442,8 +442,8 @@ BUGS = [
     Bug(
         "sampler-drops-eos",
         "rollout.py",
-        "Sample(tokens[: t + 1], logprobs[: t + 1], True)",
-        "Sample(tokens[:t], logprobs[:t], True)",
+        "Sample(tokens[:length], logprobs[:length], True)",
+        "Sample(tokens[: length - 1], logprobs[: length - 1], True)",
         ALIGNMENT,
     ),
     Bug(
@@ -737,7 +737,7 @@ BUGS = [
     Bug(
         "stop-text-ignored",
         "rollout.py",
-        "                    stop=self.stop,\n",
+        "                stop=self.stop,\n",
         "",
         ("test_engine.py",),
     ),
