@@ -397,8 +397,8 @@ BUGS = [
     Bug(
         "best-deleted",
         "infra/checkpoint.py",
-        "        if path != best:\n",
-        "        if True:\n",
+        "        if path not in (*last, best):\n",
+        "        if path not in last:\n",
         GUARDS,
     ),
     Bug("secrets-written", "infra/log.py", "SECRET_NAME.search(name.upper())", "False", GUARDS),
@@ -420,7 +420,7 @@ BUGS = [
     Bug(
         "first-error-hidden",
         "infra/watchdog.py",
-        '        print(hide(f"{where}\\n{traceback.format_exc()}"), file=sys.stderr, flush=True)\n',
+        '            f"{traceback.format_exc()}"\n',
         "",
         GUARDS,
     ),
@@ -456,8 +456,8 @@ BUGS = [
     Bug(
         "index-shifted",
         "kernels.py",
-        "first = b * width + 1\n",
-        "first = b * width\n",
+        "mask.flatten()[place]).nonzero()[:, 0]\n    index = place[keep]\n",
+        "mask.flatten()[place - 1]).nonzero()[:, 0]\n    index = place[keep] - 1\n",
         ALIGNMENT + KERNELS,
     ),
     Bug(
@@ -477,8 +477,8 @@ BUGS = [
     Bug(
         "positions-run-on",
         "kernels.py",
-        "positions = [torch.arange(count, device=device) for count in fed]",
-        "positions = [torch.arange(sum(fed), device=device)]",
+        "position_ids=torch.cat(positions)[None, mine]",
+        "position_ids=torch.arange(sum(fed), device=device)[None, mine]",
         KERNELS,
     ),
     Bug(
@@ -502,8 +502,8 @@ BUGS = [
     Bug(
         "temperature-missing-in-backward",
         "kernels.py",
-        "of_logprob = grad_logprob / ctx.temperature",
-        "of_logprob = grad_logprob",
+        "of_logprob = grad_logprob[:, None] / ctx.temperature",
+        "of_logprob = grad_logprob[:, None]",
         KERNELS,
     ),
     Bug(
@@ -523,15 +523,15 @@ BUGS = [
     Bug(
         "target-in-two-pieces",
         "kernels.py",
-        "(of_logprob * inside)[:, None]",
-        "of_logprob[:, None]",
+        "of_logprob * inside)",
+        "of_logprob)",
         KERNELS,
     ),
     Bug(
         "spare-slots-trained",
         "kernels.py",
-        "((place >= 0) & mask.flatten()[place.clamp(min=0)])",
-        "((place < 0) | mask.flatten()[place.clamp(min=0)])",
+        "(predicts & mask.flatten()[place])",
+        "(~predicts | mask.flatten()[place])",
         KERNELS,
     ),
     Bug(
