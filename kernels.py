@@ -369,8 +369,10 @@ def find_liger_logprobs() -> str:
 def _errors_of_token_logprobs() -> list[float]:
     """Relative, in norms: of log-prob, entropy and both gradients on random inputs in bf16 on
     CUDA."""
-    hidden = torch.randn(3000, 128, device="cuda").div_(8).bfloat16().requires_grad_()
-    weight = torch.randn(1000, 128, device="cuda").div_(8).bfloat16().requires_grad_()
+    hidden, weight = (
+        torch.randn(count, 128, device="cuda").div_(8).bfloat16().requires_grad_()
+        for count in (3000, 1000)
+    )
     targets = torch.arange(3000, device="cuda") % 1000
     results = []
     for function in (token_logprobs_ref, token_logprobs):

@@ -102,16 +102,17 @@ def records(
     every = math.ceil(len(rows) / (count or len(rows)))
     out = []
     for b in range(0, len(rows), every):
+        row, sample = rows[b], samples[b]
         record = {
             "step": step,
-            "id": rows[b]["id"],
-            "prompt": rows[b]["prompt"],
+            "id": row["id"],
+            "prompt": row["prompt"],
             "response": texts[b],
-            "finished": samples[b].finished,
+            "finished": sample.finished,
         }
         if decode:
-            ids = samples[b].ids[-MOST_TOKENS:]
-            end = len(rows[b]["ids"]) + len(samples[b].ids)
+            ids = sample.ids[-MOST_TOKENS:]
+            end = len(row["ids"]) + len(sample.ids)
             record["tokens"] = [decode([token]) for token in ids]
             for name, x in numbers.items():
                 record[name] = [round(value, 4) for value in x[b, end - len(ids) : end].tolist()]

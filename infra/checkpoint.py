@@ -19,6 +19,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import safetensors.torch
@@ -38,63 +39,49 @@ Files = dict[str, dict[str, Tensor]]
 # ------------------------------------------------------------------------------- what is written
 
 
-class Shares:
-    """Deals whole tensors to the ranks, each to the one that has the least so far. A rank copies
-    its own to the CPU and forgets the others, so that nobody holds a whole model."""
-
-    def __init__(self, ranks: Ranks):
-        self.ranks = ranks
-        self.load = [0] * ranks.world  # numbers of each rank
-        self.mine = defaultdict(dict)  # file -> key -> tensor
-
-    def add(self, stem: str, key: str, tensor: Tensor) -> str:
-        """The file that the tensor belongs to: STEM.safetensors, or that of its rank."""
-        owner = self.load.index(min(self.load))
-        self.load[owner] += tensor.numel()
-        file = f"{stem}.safetensors"
-        if self.ranks.world > 1:
-            file = f"{stem}-{owner + 1:05d}-of-{self.ranks.world:05d}.safetensors"
-        if owner == self.ranks.rank:
-            self.mine[file][key] = tensor.detach().to("cpu", copy=True).contiguous()
-        return file
-
-
 def checkpoint_parts(trained: dict[str, Trained], ranks: Ranks, tokenizer, folder: Path) -> Files:
-    """What this rank writes: weights in fp32 and AdamW's moments. Collective. Rank 0 also writes
-    what makes `folder`/policy and /critic ordinary Hugging Face folders."""
-    parts = {}
+    """What this rank writes. Collective. Whole tensors are dealt to the ranks, each to the one that
+    has the least so far. A rank copies its own to the CPU and forgets the others, so that nobody
+    holds a whole model. Rank 0 also writes what makes `folder`/policy and /critic ordinary Hugging
+    Face folders."""
+    mine = defaultdict(dict)
     for name, each in trained.items():
-        shares = Shares(ranks)
+        load = [0] * ranks.world  # numbers of each rank
         weight_map = {}
-        for key, tensor in full_weights(each.model, torch.float32):
-            weight_map[key] = Path(shares.add(f"{name}/model", key, tensor)).name
-        for key, tensor in full_moments(each):
-            shares.add(f"{name}.optimizer", key, tensor)
-        parts |= shares.mine
+        for key, tensor, stem in whole_tensors(name, each):
+            owner = load.index(min(load))
+            load[owner] += tensor.numel()
+            file = f"{stem}.safetensors"
+            if ranks.world > 1:
+                file = f"{stem}-{owner + 1:05d}-of-{ranks.world:05d}.safetensors"
+            if owner == ranks.rank:
+                mine[file][key] = tensor.detach().to("cpu", copy=True).contiguous()
+            if stem == f"{name}/model":
+                weight_map[key] = Path(file).name
         if ranks.rank == 0:
             describe(each.model, tokenizer, folder / name)
             if ranks.world > 1:
                 index = folder / name / "model.safetensors.index.json"
                 index.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-    return parts
+    return mine
 
 
-def full_moments(trained: Trained) -> Iterator[tuple[str, Tensor]]:
-    """(PARAMETER.MOMENT, whole tensor) of AdamW's state; collective. There is none before the first
-    step: of the policy, while the critic is warmed up."""
-    for name, p in trained.model.named_parameters():
+def whole_tensors(name: str, trained: Trained) -> Iterator[tuple[str, Tensor, str]]:
+    """(key, tensor, stem of its file) of the weights in fp32 and, as PARAMETER.MOMENT, of AdamW's
+    state; collective. There is no state before the first step: of the policy, while the critic is
+    warmed up."""
+    for key, tensor in full_weights(trained.model, torch.float32):
+        yield key, tensor, f"{name}/model"
+    for key, p in trained.model.named_parameters():
         for moment, x in trained.optimizer.state.get(p, {}).items():
-            yield f"{name}.{moment}", gathered(x)
+            yield f"{key}.{moment}", gathered(x), f"{name}.optimizer"
 
 
-def describe(model, tokenizer, folder: Path) -> None:
-    """config.json, the tokenizer's files and, where the model has one, generation_config.json."""
-    model.config.save_pretrained(folder)
-    if tokenizer:
-        tokenizer.save_pretrained(folder)
-    generation = getattr(model, "generation_config", None)
-    if generation:
-        generation.save_pretrained(folder)
+def describe(model, tokenizer, folder: Path):
+    """config.json and, where there are a tokenizer and a generation_config.json, their files."""
+    for part in (model.config, tokenizer, getattr(model, "generation_config", None)):
+        if part:
+            part.save_pretrained(folder)
 
 
 def load_moments(folder: Path | None, trained: dict[str, Trained]) -> None:
@@ -143,14 +130,11 @@ def seal_of(state: dict) -> str:
 
 def read_state(folder: Path) -> dict:
     """state.json of a checkpoint; {} when it cannot be read, or is not as it was written."""
-    try:
+    with suppress(OSError, ValueError, KeyError, AttributeError, TypeError):
         state = json.loads((folder / "state.json").read_text())
-        seal = state.pop("seal")
-    except (OSError, ValueError, KeyError, AttributeError, TypeError):
-        return {}
-    if seal != seal_of(state):
-        return {}
-    return state
+        if state.pop("seal") == seal_of(state):
+            return state
+    return {}
 
 
 def damage(folder: Path, part: int = 0, parts: int = 1) -> list[str]:
@@ -199,7 +183,7 @@ def find_checkpoint(
     return None, {}
 
 
-def refuse_other_flags(path: Path, old: dict, new: dict, may_change: set[str]) -> None:
+def refuse_other_flags(path: Path, old: dict, new: dict, may_change: set[str]):
     changed = [
         f"{name}: {old.get(name)!r} there, {new.get(name)!r} now"
         for name in sorted((old | new).keys() - may_change)
@@ -312,7 +296,7 @@ class Saver:
             tidy(final.parent, self.keep_last, self.keep_best)
 
 
-def tidy(folder: Path, keep_last: int, keep_best: str) -> None:
+def tidy(folder: Path, keep_last: int, keep_best: str):
     """Moves the links, then deletes what is neither among the last nor the best, and what an end
     left half done."""
     found = checkpoints(folder.parent)
@@ -335,7 +319,7 @@ def best_of(found: list[Path], metric: str) -> Path | None:
     return max(judged, key=values.get, default=None)
 
 
-def point(link: Path, target: str) -> None:
+def point(link: Path, target: str):
     aside = link.with_name(link.name + ".new")
     aside.unlink(missing_ok=True)
     aside.symlink_to(target)

@@ -33,6 +33,12 @@ def tell(text: str) -> None:
     print(hide(text), file=sys.stderr, flush=True)
 
 
+def leave(message: str) -> None:
+    """Ends this process now: what it waits for would not let it end in order."""
+    tell(message)
+    os._exit(1)
+
+
 # ------------------------------------------------------------------------ where this process is
 
 
@@ -147,14 +153,14 @@ class Watch(threading.Thread):
             try:
                 self.meet_the_others()
             except RuntimeError:
-                self.leave(f"rank {RANK}: ended, because torchrun is gone")
+                leave(f"rank {RANK}: ended, because torchrun is gone")
             self.look_at_the_clock()
 
     def meet_the_others(self):
         failure = self.read("failed")
         if failure and failure["rank"] != RANK:
             time.sleep(0.5)  # its error first
-            self.leave(
+            leave(
                 f"rank {RANK}: ended, because rank {failure['rank']} failed first: "
                 f"{failure['error']}"
             )
@@ -179,7 +185,7 @@ class Watch(threading.Thread):
             if RANK == 0:
                 tell(self.table())
         if seconds > 2 * limit:
-            self.leave(f"{text}: given up. If it needs that, raise --stall_minutes\n{self.table()}")
+            leave(f"{text}: given up. If it needs that, raise --stall_minutes\n{self.table()}")
 
     def read(self, key: str) -> dict:
         """What a rank has left in the store, and under "failed" the first that did; {}: nothing."""
@@ -192,7 +198,7 @@ class Watch(threading.Thread):
         order would wait for collectives that nobody joins."""
         failure = self.read("failed")
         if failure:  # this error comes of a collective that the other has left
-            self.leave(f"rank {RANK}: ended, because rank {failure['rank']} failed first")
+            leave(f"rank {RANK}: ended, because rank {failure['rank']} failed first")
         tell(
             f"rank {RANK} failed first, step {NOW.step}, phase {NOW.phase}:\n"
             f"{traceback.format_exc()}"
@@ -212,19 +218,13 @@ class Watch(threading.Thread):
             if told:
                 progress[rank] = (told["beats"], told["place"].endswith(WAITING))
                 lines.append(line_of_table(rank, told))
-        least = min(progress.values(), default=None)
-        most = max(progress.values(), default=None)
+        order = sorted(progress.values())
         behind = [
             f"rank {rank}"
             for rank in ranks
-            if rank not in progress or progress[rank] == least < most
+            if rank not in progress or progress[rank] == order[0] < order[-1]
         ]
         return "\n".join([f"behind the others: {', '.join(behind) or 'no rank'}", *lines])
-
-    def leave(self, message: str) -> None:
-        """Ends this process now: what it waits for would not let it end in order."""
-        tell(message)
-        os._exit(1)
 
 
 def line_of_table(rank: int, told: dict) -> str:
@@ -271,8 +271,9 @@ def watched(train):
 
     @wraps(train)
     def run(args):
-        asked = (signal.SIGTERM, signal.SIGINT)
-        before = {number: signal.signal(number, on_signal) for number in asked}
+        before = {
+            number: signal.signal(number, on_signal) for number in (signal.SIGTERM, signal.SIGINT)
+        }
         NOW.stop = ""
         begin_step(0)
         enter("setup")

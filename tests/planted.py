@@ -384,7 +384,11 @@ BUGS = [
         CRASH,
     ),
     Bug(
-        "state-unsealed", "infra/checkpoint.py", "if seal != seal_of(state):", "if not seal:", CRASH
+        "state-unsealed",
+        "infra/checkpoint.py",
+        '.pop("seal") == seal_of(state)',
+        '.pop("seal")',
+        CRASH,
     ),
     Bug("other-flags", "infra/checkpoint.py", "    if changed:\n", "    if False:\n", CRASH),
     Bug(
