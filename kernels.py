@@ -90,9 +90,7 @@ def unpack(parts: list[tuple[Tensor, Tensor]], like: Tensor, ranks: Ranks) -> Te
     return full
 
 
-def packed_forward(
-    model: nn.Module, p: Packed, sp_group: dist.ProcessGroup | None, **options
-) -> Tensor:
+def packed_forward(model: nn.Module, p: Packed, sp_group, **options) -> Tensor:
     """What the model's head says of one packed row, (slots, outputs) fp32. No cache and no
     attention mask: with either, transformers lets packed sequences see each other under every
     attention function but ours."""
@@ -148,7 +146,7 @@ def varlen_attention(
     return varlen_attn(q, k, v, *where, scale=scale, window_size=(-1, 0))
 
 
-def _varlen_cpu(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float) -> Tensor:
+def _varlen_cpu(q, k, v, cu_seqlens, scale):
     lengths = cu_seqlens.diff().tolist()
     attended = []
     # split, and not slices: the gradient of a slice is as long as the row

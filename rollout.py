@@ -390,7 +390,7 @@ class Engine:
             dist.destroy_process_group()
 
 
-def _prepare_cpu() -> None:
+def _prepare_cpu():
     """Two corrections to vLLM 0.32 on CPU, both before the engine is built."""
     import vllm.distributed.device_communicators.cpu_communicator as communicator
     import vllm.model_executor.layers.utils as layers
@@ -463,9 +463,7 @@ class TorchSampler:
             samples += self._decode(chunk, max_new_tokens, temperature)
         return samples
 
-    def _decode(
-        self, jobs: list[tuple[list[int], int]], max_new_tokens: int, temperature: float
-    ) -> list[Sample]:
+    def _decode(self, jobs, max_new_tokens, temperature) -> list[Sample]:
         """One response for each (prompt, seed)."""
         prompts = [torch.tensor(prompt, device=self.device) for prompt, _ in jobs]
         ids = pad_sequence(prompts, batch_first=True, padding_side="left")
@@ -509,7 +507,7 @@ class TorchSampler:
                 break
         return list(map(self._cut, tokens.tolist(), logprobs.tolist(), limits))
 
-    def _cut(self, tokens: list[int], logprobs: list[float], limit: int) -> Sample:
+    def _cut(self, tokens, logprobs, limit) -> Sample:
         """What comes after the end of a response is not part of it."""
         end_ids = self.eos_ids.tolist()
         for length, token in enumerate(tokens[:limit], 1):
@@ -517,7 +515,7 @@ class TorchSampler:
                 return Sample(tokens[:length], logprobs[:length], True)
         return Sample(tokens[:limit], logprobs[:limit], False)
 
-    def _stops(self, ids: list[int]) -> bool:
+    def _stops(self, ids) -> bool:
         """Do these tokens complete one of the texts that end a response?"""
         if not self.stop:
             return False
@@ -547,7 +545,7 @@ class TorchSampler:
             dist.destroy_process_group()
 
 
-def _draw(logp: Tensor, uniform: Tensor) -> Tensor:
+def _draw(logp, uniform):
     """Inverse-CDF sampling: logp (B, V), a number in [0, 1) for each row (B, 1) -> ids (B, 1)."""
     cdf = logp.exp().double().cumsum(-1)
     target = uniform.to(cdf) * cdf[:, -1:]

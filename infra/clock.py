@@ -9,8 +9,8 @@ import time
 from contextlib import contextmanager
 from pathlib import Path
 
-import torch
 from torch import cuda
+from torch.profiler import profile
 
 from infra.watchdog import enter
 
@@ -72,9 +72,9 @@ def profiled(folder: Path | None, name: str):
     folder.mkdir(parents=True, exist_ok=True)
     if cuda.is_available():
         cuda.memory._record_memory_history(max_entries=1_000_000, stacks="python")
-    with torch.profiler.profile(record_shapes=True, profile_memory=True) as profiler:
+    with profile(record_shapes=True, profile_memory=True) as profiler:
         yield
-    profiler.export_chrome_trace(str(folder / f"{name}.json.gz"))
+    profiler.export_chrome_trace(f"{folder}/{name}.json.gz")
     if cuda.is_available():
-        cuda.memory._dump_snapshot(str(folder / f"{name}.pickle"))
+        cuda.memory._dump_snapshot(f"{folder}/{name}.pickle")
         cuda.memory._record_memory_history(enabled=None)
