@@ -414,7 +414,7 @@ CONTRADICTIONS = {
     "--kl_coef 0.1 --kl_in loss": "kl_in=loss needs --kl_estimator k2 or k3",
     "--critic_epochs -1": "critic_epochs=-1: must be above 0",
     "--critic_warmup -1": "critic_warmup=-1: must be 0 or above",
-    "--kl_target 0.1": "kl_target needs a kl_coef above 0",
+    "--kl_target 0.1": "kl_target=0.1 needs a --kl_coef above 0",
 }
 
 
