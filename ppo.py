@@ -210,10 +210,12 @@ def parse_args(argv: list[str] | None = None) -> Args:
     return Args(**values)
 
 
-def require(args: Args, flag: str, ok, problem: str) -> None:
-    """ValueError "FLAG=VALUE PROBLEM", unless it is ok."""
-    if not ok:
-        raise ValueError(f"{flag}={getattr(args, flag)}{problem}")
+def require(args: Args, rules: list[tuple[str, object, str]]) -> None:
+    """Each rule is (flag, does it hold?, what is wrong otherwise). ValueError "FLAG=VALUE WRONG" of
+    the first that does not hold."""
+    for flag, holds, wrong in rules:
+        if not holds:
+            raise ValueError(f"{flag}={getattr(args, flag)}{wrong}")
 
 
 def check(args: Args, world: int, only_plan: bool = False) -> list[PretrainedConfig]:
@@ -251,7 +253,7 @@ POSITIVE = (  # where they are given
     "replicas",
     "ppo_epochs",
     "critic_epochs",
-    "minibatch_size",
+    "minibatch",
     "lam_adaptive",
     "eval_rows",
     "eval_samples",
@@ -272,28 +274,50 @@ NOT_NEGATIVE = (
 def check_ranges(args: Args) -> None:
     for flag in POSITIVE:
         value = getattr(args, flag)
-        require(args, flag, value is None or value > 0, ": must be above 0")
+        require(args, [(flag, value is None or value > 0, ": must be above 0")])
     for flag in NOT_NEGATIVE:
-        require(args, flag, getattr(args, flag) >= 0, ": must be 0 or above")
-    require(args, "seed", 0 <= args.seed < 10**6, ": use 0 to 999999")
-    require(args, "refill", 0 <= args.refill <= 5, ": use 0 to 5")
-    require(args, "dual_clip", args.dual_clip is None or args.dual_clip > 1, ": must be above 1")
+        require(args, [(flag, getattr(args, flag) >= 0, ": must be 0 or above")])
+    require(
+        args,
+        [
+            ("seed", 0 <= args.seed < 10**6, ": use 0 to 999999"),
+            ("refill", 0 <= args.refill <= 5, ": use 0 to 5"),
+            ("dual_clip", args.dual_clip is None or args.dual_clip > 1, ": must be above 1"),
+        ],
+    )
 
 
 def check_batch(args: Args, world: int) -> None:
     if args.eval_only:
         world = 1
     even = math.ceil(args.prompts_per_step / world) * world
-    problem = f" is no multiple of {world} ranks: use {even}"
-    require(args, "prompts_per_step", args.prompts_per_step == even, problem)
-    if args.samples_per_prompt == 1:
-        problem = f": --advantage {args.advantage} compares answers to one prompt, use 2 or more"
-        require(args, "samples_per_prompt", args.advantage not in ("grpo", "rloo"), problem)
-        problem = ": --refill looks for answers that differ, use 2 or more"
-        require(args, "samples_per_prompt", not args.refill, problem)
     best = math.gcd(args.minibatch, args.batch_size)
-    problem = f" does not divide prompts x samples_per_prompt = {args.batch_size}: try {best}"
-    require(args, "minibatch_size", args.minibatch == best, problem)
+    several = args.samples_per_prompt > 1
+    require(
+        args,
+        [
+            (
+                "prompts_per_step",
+                args.prompts_per_step == even,
+                f" is no multiple of {world} ranks: use {even}",
+            ),
+            (
+                "samples_per_prompt",
+                several or args.advantage not in ("grpo", "rloo"),
+                f": --advantage {args.advantage} compares answers to one prompt, use 2 or more",
+            ),
+            (
+                "samples_per_prompt",
+                several or not args.refill,
+                ": --refill looks for answers that differ, use 2 or more",
+            ),
+            (
+                "minibatch_size",
+                args.minibatch == best,
+                f" does not divide prompts x samples_per_prompt = {args.batch_size}: try {best}",
+            ),
+        ],
+    )
 
 
 def check_lengths(args: Args, configs: list[PretrainedConfig]) -> None:
@@ -309,47 +333,81 @@ def check_lengths(args: Args, configs: list[PretrainedConfig]) -> None:
 
 def check_ranks(args: Args, world: int, configs: list[PretrainedConfig], alone: bool) -> None:
     """`alone`: not under torchrun."""
+    tp, sp, replicas = args.tp, args.sp, args.replicas
+    node = int(os.environ.get("LOCAL_WORLD_SIZE", 1 if args.eval_only else world))
     heads = math.gcd(*(config.num_attention_heads for config in configs))
-    engines = 1 if args.eval_only else world
-    node = int(os.environ.get("LOCAL_WORLD_SIZE", engines))
-    for flag, ranks in (("tp", node), ("sp", world)):
-        size = getattr(args, flag)
-        problem = f" does not divide the {ranks} ranks: launch a multiple of {size}"
-        require(args, flag, ranks % size == 0, problem)
-        problem = f" does not divide the {heads} attention heads: use a divisor of {heads}"
-        require(args, flag, heads % size == 0, problem)
-    problem = f" needs --engine vllm, not {args.engine}"
-    require(args, "tp", args.tp == 1 or args.engine == "vllm", problem)
-    problem = f" needs --attention varlen, not {args.attention}"
-    require(args, "sp", args.sp == 1 or args.attention == "varlen", problem)
-    copies = args.replicas == 1 or (world % args.replicas == 0 and world > args.replicas)
-    problem = f" does not split {world} ranks into copies of 2 or more: use a divisor"
-    require(args, "replicas", copies, problem)
-    require(args, "offload", not (args.offload and alone), " needs torchrun")
+    heads_too = f" does not divide the {heads} attention heads: use a divisor of {heads}"
+    require(
+        args,
+        [
+            ("tp", node % tp == 0, f" does not divide the {node} ranks: launch a multiple of {tp}"),
+            ("tp", heads % tp == 0, heads_too),
+            ("tp", tp == 1 or args.engine == "vllm", f" needs --engine vllm, not {args.engine}"),
+            (
+                "sp",
+                world % sp == 0,
+                f" does not divide the {world} ranks: launch a multiple of {sp}",
+            ),
+            ("sp", heads % sp == 0, heads_too),
+            (
+                "sp",
+                sp == 1 or args.attention == "varlen",
+                f" needs --attention varlen, not {args.attention}",
+            ),
+            (
+                "replicas",
+                replicas == 1 or (world % replicas == 0 and world > replicas),
+                f" does not split {world} ranks into copies of 2 or more: use a divisor",
+            ),
+            ("offload", not (args.offload and alone), " needs torchrun"),
+        ],
+    )
 
 
 def check_algorithm(args: Args) -> None:
-    fixed = args.lam_adaptive is None or args.lam == PPOFlags.lam
-    require(args, "lam", fixed, f" and lam_adaptive={args.lam_adaptive}: give one of them")
-    if not args.has_critic:
-        problem = f" needs --advantage gae: {args.advantage} has no critic"
-        for flag in ("critic_warmup", "critic_epochs", "critic_lam", "lam", "lam_adaptive"):
-            require(args, flag, getattr(args, flag) == getattr(PPOFlags, flag), problem)
-    start = args.kl_target is None or args.kl_coef > 0
-    require(args, "kl_target", start, " needs a --kl_coef above 0 to start from")
-    useful = args.kl_in == "reward" or args.kl_estimator != "k1"
-    problem = " needs --kl_estimator k2 or k3: k1 has no useful gradient in a loss"
-    require(args, "kl_in", useful, problem)
+    for flag in ("critic_warmup", "critic_epochs", "critic_lam", "lam", "lam_adaptive"):
+        used = getattr(args, flag) != getattr(PPOFlags, flag)
+        wrong = f" needs --advantage gae: {args.advantage} has no critic"
+        require(args, [(flag, args.has_critic or not used, wrong)])
+    require(
+        args,
+        [
+            (
+                "lam",
+                args.lam_adaptive is None or args.lam == PPOFlags.lam,
+                f" and lam_adaptive={args.lam_adaptive}: give one of them",
+            ),
+            (
+                "kl_target",
+                args.kl_target is None or args.kl_coef > 0,
+                " needs a --kl_coef above 0 to start from",
+            ),
+            (
+                "kl_in",
+                args.kl_in == "reward" or args.kl_estimator != "k1",
+                " needs --kl_estimator k2 or k3: k1 has no useful gradient in a loss",
+            ),
+        ],
+    )
 
 
 def check_evaluation(args: Args) -> None:
-    several = args.eval_temperature > 0 or args.eval_samples == 1
-    require(args, "eval_samples", several, " above 1 needs --eval_temperature above 0")
-    known = not args.keep_best or (args.eval_every and args.keep_best.startswith("eval/"))
-    problem = f" is no metric that --eval_every {args.eval_every} gives: use eval/correct"
-    require(args, "keep_best", known, problem)
-    problem = f" is none of the --steps {args.steps}"
-    require(args, "profile", args.profile <= args.steps, problem)
+    require(
+        args,
+        [
+            ("profile", args.profile <= args.steps, f" is none of the --steps {args.steps}"),
+            (
+                "keep_best",
+                not args.keep_best or (args.eval_every and args.keep_best.startswith("eval/")),
+                f" is no metric that --eval_every {args.eval_every} gives: use eval/correct",
+            ),
+            (
+                "eval_samples",
+                args.eval_temperature > 0 or args.eval_samples == 1,
+                " above 1 needs --eval_temperature above 0",
+            ),
+        ],
+    )
 
 
 # --------------------------------------------------------------------------------------- one batch
