@@ -215,7 +215,7 @@ def require(args: Args, rules: list[tuple[str, object, str]]) -> None:
     the first that does not hold."""
     for flag, holds, wrong in rules:
         if not holds:
-            raise ValueError(f"{flag}={getattr(args, flag)}{wrong}")
+            raise ValueError(f"{flag}={getattr(args, flag)!r}{wrong}")
 
 
 def check(args: Args, world: int, only_plan: bool = False) -> list[PretrainedConfig]:
