@@ -14,6 +14,16 @@ Every rank holds the numbers of the whole step ((B, T) tensors, 18 MB each at 25
 tokens). Only model passes are split, so advantages, denominators and metrics need no collective and
 cannot depend on the number of ranks.
 
+Where to look for a change:
+    a loss, a KL, an advantage       the formulas; `add_advantages` puts scores, KL and values together
+    an optimizer, a schedule         `make_optimizer`, `take_step`; learning rates: phase 5 of `train`
+    which answers count              `add_scores` (a verifier failed on our side), `refill`
+    weights into the engine          `sync`: loads them; its canary ends a run whose engine has others
+and in other files:
+    which tokens count, EOS          `collate` in rollout.py
+    who runs which sequence, Ulysses `plan_microbatches` in data.py; kernels.py
+    metrics that end a run           infra/guards.py
+
 Not here on purpose: Ray, asynchronous rollouts, tools, LoRA, reward models, a Trainer class: a
 variant is a copy of the file (tests/ablations). The defaults follow Open-Reasoner-Zero
 (arXiv:2503.24290): no KL, gamma = lambda = 1.
