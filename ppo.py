@@ -58,7 +58,7 @@ import data
 import kernels
 import rewards
 import rollout
-from infra import dist, flops, models, watch
+from infra import dist, flops, models, watchdog
 from infra.models import Trained
 from infra.run import Run, check_folder, line, plan
 
@@ -481,7 +481,7 @@ class Batch(Answers):
 def make_batch(answers: Answers, device: torch.device) -> Batch:
     prompts = [row["ids"] for row in answers.rows]
     ids, mask, engine_logprobs, lengths = rollout.collate(prompts, answers.samples, device)
-    watch.saw_length(max(lengths))
+    watchdog.saw_length(max(lengths))
     return Batch(
         **vars(answers), ids=ids, mask=mask, engine_logprobs=engine_logprobs, lengths=lengths
     )
@@ -1012,7 +1012,7 @@ def dry_run(setup: Setup) -> list[dict]:
 # ------------------------------------------------------------------------------------------- train
 
 
-@watch.watched
+@watchdog.watched
 def train(args: Args) -> list[dict]:
     """Runs `args.steps` steps and returns the rows of metrics.jsonl (rank 0: those before a resume,
     too)."""

@@ -26,7 +26,7 @@ from safetensors import safe_open
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from infra import watch
+from infra import watchdog
 from infra.dist import Ranks
 from infra.log import hidden, say, sync, write
 from infra.models import Trained, full_weights, gathered
@@ -178,16 +178,16 @@ def find_checkpoint(
     damaged = []
     for path in found:
         bad = []
-        for texts in gather(damage(path, watch.RANK, watch.WORLD)):
+        for texts in gather(damage(path, watchdog.RANK, watchdog.WORLD)):
             bad += texts
         if bad:
             damaged.append(path)
-            if watch.RANK == 0:
+            if watchdog.RANK == 0:
                 say(f"warning: {path} is damaged: {'; '.join(bad[:5])}")
             continue
         state = read_state(path)
         refuse_other_flags(path, state["config"], hidden(config), may_change)
-        if watch.RANK == 0:
+        if watchdog.RANK == 0:
             set_aside(damaged)  # not before there is a whole one: the next start is told, too
             # the end may have come between a checkpoint's last name and this
             tidy(path.parent, config["keep_last"], config["keep_best"])
@@ -238,14 +238,14 @@ class Saver:
         ranks."""
         self.wait()
         aside = final.with_name(final.name + ".tmp")
-        if watch.RANK == 0:
+        if watchdog.RANK == 0:
             shutil.rmtree(aside, ignore_errors=True)
             for name in names:
                 (aside / name).mkdir(parents=True)
         gather(None)  # with replicas, tensors are gathered among neighbours only
         if not aside.is_dir():
             raise OSError(
-                f"rank {watch.RANK} does not see {aside}: "
+                f"rank {watchdog.RANK} does not see {aside}: "
                 "--out must be a folder that all machines share"
             )
         return aside
@@ -275,14 +275,14 @@ class Saver:
                 safetensors.torch.save_file(tensors, aside / name, {"format": "pt"})
                 sync(aside / name)
                 digests[name] = digest(aside / name)
-            write(aside / f"rank{watch.RANK}.json", json.dumps(digests))
-            if watch.RANK == 0:
+            write(aside / f"rank{watchdog.RANK}.json", json.dumps(digests))
+            if watchdog.RANK == 0:
                 self._finish(final, aside, state)
         except Exception as error:
             free = shutil.disk_usage(self.out).free / 2**30
             for name in parts:  # not the files of the others: their errors would hide this one
                 (aside / name).unlink(missing_ok=True)
-            if watch.WORLD == 1:
+            if watchdog.WORLD == 1:
                 shutil.rmtree(aside, ignore_errors=True)
             last = "none"
             whole = checkpoints(self.out)
@@ -296,7 +296,7 @@ class Saver:
 
     def _finish(self, final: Path, aside: Path, state: dict) -> None:
         """Rank 0, when all ranks have written theirs: the digests of all files, then the name."""
-        manifests = [aside / f"rank{rank}.json" for rank in range(watch.WORLD)]
+        manifests = [aside / f"rank{rank}.json" for rank in range(watchdog.WORLD)]
         while not all(path.exists() for path in manifests):
             if not threading.main_thread().is_alive():
                 return

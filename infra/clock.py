@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from infra.watch import enter
+from infra.watchdog import enter
 
 STATUS = Path("/proc/self/status")  # Linux tells there what a process takes
 CLEAR = Path("/proc/self/clear_refs")  # ... and forgets the most that it took when this is written

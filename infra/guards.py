@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from infra.watch import RANK
+from infra.watchdog import RANK
 
 # metric: (when it warns, after how many steps in a row the run stops, what it means). Edit freely
 GUARDS = {

@@ -27,7 +27,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from infra import checkpoint, clock, dist, guards, watch
+from infra import checkpoint, clock, dist, guards, watchdog
 from infra.log import hidden, hide, say, sync_append, write
 
 
@@ -123,7 +123,7 @@ class Run:
     def begin_step(self, step: int) -> None:
         """Step 1, 2, ...; its clocks start with what saving after the step before took."""
         self.step = step
-        watch.begin_step(step)
+        watchdog.begin_step(step)
         self.meter = dist.Meter()
         self.times = self.times_of_next_step
         self.times_of_next_step = {}
@@ -138,7 +138,7 @@ class Run:
                 yield
 
     def progress(self, items):
-        return watch.counted(items)
+        return watchdog.counted(items)
 
     # ---------------------------------------------------------------------------------- guards
 
@@ -172,7 +172,7 @@ class Run:
 
     def should_stop(self) -> bool:
         """Is this safe point the run's last? The same answer on every rank."""
-        self.stopped = watch.stop_reason(self.args.max_minutes, self.everywhere)
+        self.stopped = watchdog.stop_reason(self.args.max_minutes, self.everywhere)
         return bool(self.stopped)
 
     def warn_if_diverging(self, row: dict, young: bool) -> None:

@@ -43,19 +43,19 @@ SAVED, DIES = 3, 5  # the step whose checkpoint is hit, and the one in whose pha
 def die() -> None:
     """kill -9 of this process, or of all and torchrun, if this rank is meant. Never returns
     then."""
-    from infra import checkpoint, watch
+    from infra import checkpoint, watchdog
 
-    if WHO not in ("all", str(watch.RANK)):
+    if WHO not in ("all", str(watchdog.RANK)):
         return
     whole = [path.name for path in checkpoint.checkpoints(OUT)]
     note = {"whole": whole, "begun": BEGUN, "at": time.time()}
     aside = Path(
-        f"{OUT}.killed.{watch.RANK}"
+        f"{OUT}.killed.{watchdog.RANK}"
     )  # when all die, two may write it, and kill each other meanwhile
     aside.write_text(json.dumps(note))
     aside.replace(f"{OUT}.killed")
     others = []
-    if WHO == "all" and watch.WORLD > 1:
+    if WHO == "all" and watchdog.WORLD > 1:
         launcher = os.getppid()
         below = Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()
         others = [launcher, *(int(pid) for pid in below if int(pid) != os.getpid())]
@@ -111,14 +111,14 @@ def kill_method(name: str, *how, **more):
 
 
 def kill_phase(phase: str, end: bool, nth: int = 1, step: int = DIES):
-    from infra import clock, watch
+    from infra import clock, watchdog
 
     original, calls = clock.timed, []
 
     @contextmanager
     def timed(times, name):
-        calls.extend([1] if (name, watch.NOW.step) == (phase, step) else [])
-        hit = name == phase and watch.NOW.step == step and len(calls) == nth
+        calls.extend([1] if (name, watchdog.NOW.step) == (phase, step) else [])
+        hit = name == phase and watchdog.NOW.step == step and len(calls) == nth
         if hit and not end:
             die()
         with original(times, name):
@@ -132,7 +132,7 @@ def kill_phase(phase: str, end: bool, nth: int = 1, step: int = DIES):
 def tear(pattern: str, step: int | None = None):
     """Half of what is written to such a file, or to the one that will get its name, is there when
     the process dies."""
-    from infra import log, watch
+    from infra import log, watchdog
 
     pattern = pattern.replace("SAVED", f"step_{SAVED}")
 
@@ -157,7 +157,7 @@ def tear(pattern: str, step: int | None = None):
 
     def opened(path, *how, **more):
         hit = Path(path).match(pattern) or Path(path).match(f"{pattern}.new")
-        hit = hit and how in (("a",), ("w",)) and step in (None, watch.NOW.step)
+        hit = hit and how in (("a",), ("w",)) and step in (None, watchdog.NOW.step)
         return Torn(path, *how) if hit else open(path, *how, **more)
 
     log.open = opened
@@ -176,7 +176,7 @@ def of_saved(path, *_, **__) -> bool:
 
 
 def in_step(step: int, phase: str = "") -> Callable:
-    from infra.watch import NOW
+    from infra.watchdog import NOW
 
     return lambda *_, **__: NOW.step == step and phase in ("", NOW.phase)
 

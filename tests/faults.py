@@ -27,7 +27,7 @@ import kernels
 import ppo
 import rewards
 import rollout
-from infra import models, watch
+from infra import models, watchdog
 from tools import replay
 
 HANG = 600  # seconds
@@ -109,7 +109,7 @@ def interrupt_twice(*_) -> None:
 
 
 def hours_later(*_) -> None:
-    watch.NOW.started -= 10 * 3600
+    watchdog.NOW.started -= 10 * 3600
 
 
 def policy(trained, *_) -> bool:
@@ -163,9 +163,9 @@ def planted(fault: str):
 
     def reported(function, trained, *args):
         norm = function(trained, *args)
-        if watch.RANK == 0:
+        if watchdog.RANK == 0:
             name = "policy" if policy(trained) else "critic"
-            print("update", watch.NOW.step, name, norm.item().hex(), flush=True)
+            print("update", watchdog.NOW.step, name, norm.item().hex(), flush=True)
         return norm
 
     wrap(models, "optimizer_step", reported)
@@ -177,8 +177,8 @@ def planted(fault: str):
         calls = [0]
 
         def faulty(function, *args, **more):
-            now = watch.NOW.phase == phase and watch.NOW.step == int(step)
-            now = now and rank in ("*", str(watch.RANK))
+            now = watchdog.NOW.phase == phase and watchdog.NOW.step == int(step)
+            now = now and rank in ("*", str(watchdog.RANK))
             now = now and mine(*args)
             calls[0] += now
             now = now and (
@@ -209,15 +209,18 @@ def run(fault: str, out: str, *flags: str) -> list[dict]:
 
 def once_more(fault: str, file: str) -> None:
     """The update is of the step that bad_step_N is named by, as far as the fault is concerned."""
-    watch.begin_step(int(Path(file).parent.name.removeprefix("bad_step_")))
-    watch.enter("update")
+    watchdog.begin_step(int(Path(file).parent.name.removeprefix("bad_step_")))
+    watchdog.enter("update")
     with planted(fault):
         sys.exit(replay.main(Path(file)))
 
 
 def work(*job: str) -> None:
     # numbers that modules keep were read when they were imported, in another process
-    watch.RANK, watch.WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    watchdog.RANK, watchdog.WORLD = (
+        int(os.environ.get("RANK", 0)),
+        int(os.environ.get("WORLD_SIZE", 1)),
+    )
     once_more(job[0], job[2]) if job[1] == "--replay" else run(*job)
 
 

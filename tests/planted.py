@@ -419,7 +419,7 @@ BUGS = [
     ),
     Bug(
         "first-error-hidden",
-        "infra/watch.py",
+        "infra/watchdog.py",
         '        print(hide(f"{where}\\n{traceback.format_exc()}"), file=sys.stderr, flush=True)\n',
         "",
         GUARDS,

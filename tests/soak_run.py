@@ -94,12 +94,12 @@ def worker(out: str, flags: list[str]) -> None:
     import data
     import ppo
     import rewards
-    from infra import guards, run, watch
+    from infra import guards, run, watchdog
 
     data.TASKS["toy"], rewards.REWARDS["toy"] = toy.load_toy, toy.toy
     ask = run.Run.warn_if_diverging
     guards.GUARDS.clear()  # what is learnt is not the question: once the toy is solved all rewards are equal
-    record = open(f"{out}.rank{watch.RANK}.jsonl", "w")
+    record = open(f"{out}.rank{watchdog.RANK}.jsonl", "w")
 
     def look(self, row: dict, young: bool) -> None:
         now = {"step": row["step"], **state()}
@@ -107,7 +107,7 @@ def worker(out: str, flags: list[str]) -> None:
         record.flush()
         if row["step"] % 100 == 0:
             print(
-                f"rank {watch.RANK} of {watch.WORLD}  step {row['step']:5d}  {now['rss_mb']:7.1f} MB  "
+                f"rank {watchdog.RANK} of {watchdog.WORLD}  step {row['step']:5d}  {now['rss_mb']:7.1f} MB  "
                 + "  ".join(f"{now[name]:3d} {name}" for name in COUNTS),
                 file=sys.stderr,
                 flush=True,

@@ -22,7 +22,7 @@ import pytest
 import torch.distributed as dist
 import toy
 
-from infra import checkpoint, watch
+from infra import checkpoint, watchdog
 from infra.checkpoint import damage, read_state
 
 KL = ["--kl_coef", 0.1, "--kl_target", 0.01]  # one more state to lose
@@ -130,9 +130,9 @@ def test_the_watch_ends_before_the_run(monkeypatch):
     }
     for name, value in (env | {"MASTER_PORT": store.port}).items():
         monkeypatch.setenv(name, str(value))
-    monkeypatch.setattr(watch, "place", lambda: asked.set() or time.sleep(1) or "a busy place")
-    watch.watched(lambda args: asked.wait(60))(argparse.Namespace(stall_minutes=1.0))
-    watches = [thread for thread in threading.enumerate() if isinstance(thread, watch.Watch)]
+    monkeypatch.setattr(watchdog, "place", lambda: asked.set() or time.sleep(1) or "a busy place")
+    watchdog.watched(lambda args: asked.wait(60))(argparse.Namespace(stall_minutes=1.0))
+    watches = [thread for thread in threading.enumerate() if isinstance(thread, watchdog.Watch)]
     assert asked.is_set() and not watches
 
 

@@ -66,7 +66,7 @@ def main(*jobs: str) -> None:
     import ppo
     import rewards
     import rollout
-    from infra import watch
+    from infra import watchdog
 
     def letters(text: str, row: dict, rules=None) -> dict:
         right = zlib.crc32(text.encode()) % 2
@@ -88,7 +88,7 @@ def main(*jobs: str) -> None:
                 )
             return records(step, rows, samples, texts, scored, *more, **numbers)
 
-        rollout.records = recorded if watch.RANK == 0 else records
+        rollout.records = recorded if watchdog.RANK == 0 else records
         ppo.train(args)
 
 
