@@ -47,6 +47,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, make_dataclass
 from functools import partial
 from pathlib import Path
+from statistics import fmean
 from typing import Literal
 
 import torch
@@ -948,16 +949,14 @@ def next_prompts(setup: Setup, step: int) -> list[dict]:
     return data.batch(source.train, step, args.prompts_per_step, args.seed, source.weights)
 
 
-def evaluate(setup: Setup) -> tuple[dict[str, float], list[dict]]:
+def evaluate(setup: Setup) -> tuple[dict[str, float], Answers]:
     """Metrics and all answers on held-out rows, with the same random numbers every time."""
-    n, temperature = setup.args.eval_samples, setup.args.eval_temperature
+    n = setup.args.eval_samples
     held_out = [row for rows in setup.source.test.values() for row in rows]
-    answers = answer_and_judge(setup, held_out, n, temperature, 0, purpose=1)
-    tasks = [row["task"] for row in answers.rows]
-    metrics = rewards.evaluation(answers.scored, n, tasks)
-    total = sum(len(sample.ids) for sample in answers.samples)
-    metrics["eval/length_mean"] = total / len(answers.samples)
-    return metrics, rollout.records(setup.run.start, **vars(answers))
+    answers = answer_and_judge(setup, held_out, n, setup.args.eval_temperature, 0, purpose=1)
+    metrics = rewards.evaluation(answers.scored, n, [row["task"] for row in answers.rows])
+    metrics["eval/length_mean"] = fmean(len(sample.ids) for sample in answers.samples)
+    return metrics, answers
 
 
 def sync(setup: Setup, step: int) -> float:
@@ -988,12 +987,13 @@ def sync(setup: Setup, step: int) -> float:
 
 
 def evaluate_only(setup: Setup) -> list[dict]:
-    metrics, records = evaluate(setup)
-    setup.run.open()
-    setup.run.log({"step": setup.run.start, **metrics}, records)
-    setup.run.say("\n".join(f"{name} {value:.4f}" for name, value in metrics.items()))
+    run = setup.run
+    metrics, answers = evaluate(setup)
+    run.open()
+    run.log({"step": run.start, **metrics}, rollout.records(run.start, **vars(answers)))
+    run.say("\n".join(f"{name} {value:.4f}" for name, value in metrics.items()))
     setup.engine.close()
-    return setup.run.history
+    return run.history
 
 
 def dry_run(setup: Setup) -> list[dict]:
@@ -1002,7 +1002,7 @@ def dry_run(setup: Setup) -> list[dict]:
     rows = next_prompts(setup, run.start)
     n = args.samples_per_prompt
     answers = answer_and_judge(setup, rows, n, args.temperature, run.start, purpose=0)
-    mean = sum(result["reward"] for result in answers.scored) / len(answers.scored)
+    mean = fmean(result["reward"] for result in answers.scored)
     shown = rollout.records(run.start, **vars(answers))[:2]
     run.say(f"one batch: reward {mean:.3f}\n" + rollout.show(shown))
     setup.engine.close()
@@ -1201,9 +1201,7 @@ def critic_metrics(values: Tensor, returns: Tensor, mask: Tensor) -> dict[str, f
             row[f"critic/return_q{q + 1}"] = returns[chosen].mean().item()
     variance = r.var(unbiased=False).item()
     error = (r - v).var(unbiased=False).item()
-    row["critic/explained_var"] = 0.0
-    if variance > 1e-8:
-        row["critic/explained_var"] = 1 - error / variance
+    row["critic/explained_var"] = 1 - error / variance if variance > 1e-8 else 0.0
     return row
 
 
