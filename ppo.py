@@ -14,6 +14,16 @@ Every rank holds the numbers of the whole step ((B, T) tensors, 18 MB each at 25
 tokens). Only model passes are split, so advantages, denominators and metrics need no collective and
 cannot depend on the number of ranks.
 
+Where to look for a change:
+    a loss, a KL, an advantage       the formulas; `add_advantages` puts scores, KL and values together
+    an optimizer, a schedule         `make_optimizer`, `take_step`; learning rates: phase 5 of `train`
+    which answers count              `add_scores` (a verifier failed on our side), `refill`
+    weights into the engine          `sync`: loads them; its canary ends a run whose engine has others
+and in other files:
+    which tokens count, EOS          `collate` in rollout.py
+    who runs which sequence, Ulysses `plan_microbatches` in data.py; kernels.py
+    metrics that end a run           infra/guards.py
+
 Not here on purpose: Ray, asynchronous rollouts, tools, LoRA, reward models, a Trainer class: a
 variant is a copy of the file (tests/ablations). The defaults follow Open-Reasoner-Zero
 (arXiv:2503.24290): no KL, gamma = lambda = 1.
@@ -37,6 +47,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, make_dataclass
 from functools import partial
 from pathlib import Path
+from statistics import fmean
 from typing import Literal
 
 import torch
@@ -197,9 +208,7 @@ MAY_CHANGE -= {"seed", "model", "critic_model", "dtype", "keep_best"}
 
 def parse_args(argv: list[str] | None = None) -> Args:
     """Flat flags; one box of --help for each of the classes above."""
-    boxes = []
-    for box in reversed(Args.__bases__):
-        boxes.append((box.__name__, box, field(default_factory=box)))
+    boxes = [(box.__name__, box, field(default_factory=box)) for box in reversed(Args.__bases__)]
     parsed = tyro.cli(
         make_dataclass("Boxes", boxes),
         config=(tyro.conf.OmitArgPrefixes,),
@@ -212,9 +221,12 @@ def parse_args(argv: list[str] | None = None) -> Args:
     return Args(**values)
 
 
-def require(condition, message: str) -> None:
-    if not condition:
-        raise ValueError(message)
+def require(args: Args, rules: list[tuple[str, object, str]]) -> None:
+    """Each rule is (flag, does it hold?, what is wrong otherwise). ValueError "FLAG=VALUE WRONG" of
+    the first that does not hold."""
+    for flag, holds, wrong in rules:
+        if not holds:
+            raise ValueError(f"{flag}={getattr(args, flag)!r}{wrong}")
 
 
 def check(args: Args, world: int, only_plan: bool = False) -> list[PretrainedConfig]:
@@ -235,25 +247,13 @@ def check(args: Args, world: int, only_plan: bool = False) -> list[PretrainedCon
     check_lengths(args, configs)
     check_ranks(args, world, configs, alone="RANK" not in os.environ and not only_plan)
     check_algorithm(args)
-    require(
-        args.profile <= args.steps,
-        f"profile={args.profile} is none of the --steps {args.steps}",
-    )
-    require(
-        not args.keep_best or (args.eval_every and args.keep_best.startswith("eval/")),
-        f"keep_best={args.keep_best!r} is no metric that --eval_every {args.eval_every} gives: "
-        "use eval/correct",
-    )
-    require(
-        args.eval_temperature > 0 or args.eval_samples == 1,
-        "eval_samples > 1 needs --eval_temperature above 0",
-    )
+    check_evaluation(args)
     if (args.steps or args.eval_only) and not only_plan:
         check_folder(Path(args.out), args.resume == "auto")
     return configs
 
 
-POSITIVE = (
+POSITIVE = (  # where they are given
     "prompts_per_step",
     "samples_per_prompt",
     "max_new_tokens",
@@ -263,7 +263,9 @@ POSITIVE = (
     "sp",
     "replicas",
     "ppo_epochs",
+    "critic_epochs",
     "minibatch",
+    "lam_adaptive",
     "eval_rows",
     "eval_samples",
 )
@@ -282,118 +284,140 @@ NOT_NEGATIVE = (
 
 def check_ranges(args: Args) -> None:
     for flag in POSITIVE:
-        require(getattr(args, flag) > 0, f"{flag}={getattr(args, flag)}: must be above 0")
+        value = getattr(args, flag)
+        require(args, [(flag, value is None or value > 0, ": must be above 0")])
     for flag in NOT_NEGATIVE:
-        require(getattr(args, flag) >= 0, f"{flag}={getattr(args, flag)}: must be 0 or above")
-    require(0 <= args.seed < 10**6, f"seed={args.seed}: use 0 to 999999")
-    require(0 <= args.refill <= 5, f"refill={args.refill}: use 0 to 5")
+        require(args, [(flag, getattr(args, flag) >= 0, ": must be 0 or above")])
+    require(
+        args,
+        [
+            ("seed", 0 <= args.seed < 10**6, ": use 0 to 999999"),
+            ("refill", 0 <= args.refill <= 5, ": use 0 to 5"),
+            ("dual_clip", args.dual_clip is None or args.dual_clip > 1, ": must be above 1"),
+        ],
+    )
 
 
 def check_batch(args: Args, world: int) -> None:
     if args.eval_only:
         world = 1
     even = math.ceil(args.prompts_per_step / world) * world
-    require(
-        args.prompts_per_step == even,
-        f"prompts_per_step={args.prompts_per_step} is no multiple of {world} ranks: use {even}",
-    )
-    require(
-        args.samples_per_prompt > 1 or args.advantage not in ("grpo", "rloo"),
-        f"samples_per_prompt={args.samples_per_prompt}: --advantage {args.advantage} compares "
-        "answers to one prompt, use 2 or more",
-    )
-    require(
-        args.samples_per_prompt > 1 or not args.refill,
-        f"samples_per_prompt={args.samples_per_prompt}: --refill looks for answers that differ, "
-        "use 2 or more",
-    )
     best = math.gcd(args.minibatch, args.batch_size)
+    several = args.samples_per_prompt > 1
     require(
-        args.minibatch == best,
-        f"minibatch_size={args.minibatch} does not divide prompts x samples_per_prompt = "
-        f"{args.batch_size}: try {best}",
+        args,
+        [
+            (
+                "prompts_per_step",
+                args.prompts_per_step == even,
+                f" is no multiple of {world} ranks: use {even}",
+            ),
+            (
+                "samples_per_prompt",
+                several or args.advantage not in ("grpo", "rloo"),
+                f": --advantage {args.advantage} compares answers to one prompt, use 2 or more",
+            ),
+            (
+                "samples_per_prompt",
+                several or not args.refill,
+                ": --refill looks for answers that differ, use 2 or more",
+            ),
+            (
+                "minibatch_size",
+                args.minibatch == best,
+                f" does not divide prompts x samples_per_prompt = {args.batch_size}: try {best}",
+            ),
+        ],
     )
 
 
 def check_lengths(args: Args, configs: list[PretrainedConfig]) -> None:
     longest = args.max_prompt_tokens + args.max_new_tokens
+    tokens = f"max_prompt_tokens + max_new_tokens = {longest} tokens, but "
     room = args.max_tokens_per_microbatch * args.sp
-    require(
-        args.eval_only or longest <= room,
-        f"max_prompt_tokens + max_new_tokens = {longest} tokens, but "
-        f"max_tokens_per_microbatch x sp = {room}: raise it",
-    )
+    if longest > room and not args.eval_only:
+        raise ValueError(f"{tokens}max_tokens_per_microbatch x sp = {room}: raise it")
     limit = min(getattr(config, "max_position_embeddings", longest) for config in configs)
-    require(
-        longest <= limit,
-        f"max_prompt_tokens + max_new_tokens = {longest} tokens, but "
-        f"the model has {limit} positions: lower the limits",
-    )
+    if longest > limit:
+        raise ValueError(f"{tokens}the model has {limit} positions: lower the limits")
 
 
 def check_ranks(args: Args, world: int, configs: list[PretrainedConfig], alone: bool) -> None:
     """`alone`: not under torchrun."""
-    heads = math.gcd(*(config.num_attention_heads for config in configs))
     tp, sp, replicas = args.tp, args.sp, args.replicas
-    engines = world
-    if args.eval_only:
-        engines = 1
-    node = int(os.environ.get("LOCAL_WORLD_SIZE", engines))
-    require(node % tp == 0, f"tp={tp} does not divide the {node} ranks: launch a multiple of {tp}")
+    node = int(os.environ.get("LOCAL_WORLD_SIZE", 1 if args.eval_only else world))
+    heads = math.gcd(*(config.num_attention_heads for config in configs))
+    heads_too = f" does not divide the {heads} attention heads: use a divisor of {heads}"
     require(
-        heads % tp == 0,
-        f"tp={tp} does not divide the {heads} attention heads: use a divisor of {heads}",
+        args,
+        [
+            ("tp", node % tp == 0, f" does not divide the {node} ranks: launch a multiple of {tp}"),
+            ("tp", heads % tp == 0, heads_too),
+            ("tp", tp == 1 or args.engine == "vllm", f" needs --engine vllm, not {args.engine}"),
+            (
+                "sp",
+                world % sp == 0,
+                f" does not divide the {world} ranks: launch a multiple of {sp}",
+            ),
+            ("sp", heads % sp == 0, heads_too),
+            (
+                "sp",
+                sp == 1 or args.attention == "varlen",
+                f" needs --attention varlen, not {args.attention}",
+            ),
+            (
+                "replicas",
+                replicas == 1 or (world % replicas == 0 and world > replicas),
+                f" does not split {world} ranks into copies of 2 or more: use a divisor",
+            ),
+            ("offload", not (args.offload and alone), " needs torchrun"),
+        ],
     )
-    require(tp == 1 or args.engine == "vllm", f"tp={tp} needs --engine vllm, not {args.engine}")
-    require(
-        world % sp == 0, f"sp={sp} does not divide the {world} ranks: launch a multiple of {sp}"
-    )
-    require(
-        heads % sp == 0,
-        f"sp={sp} does not divide the {heads} attention heads: use a divisor of {heads}",
-    )
-    require(
-        sp == 1 or args.attention == "varlen",
-        f"sp={sp} needs --attention varlen, not {args.attention}",
-    )
-    require(
-        replicas == 1 or (world % replicas == 0 and world > replicas),
-        f"replicas={replicas} does not split {world} ranks into copies of 2 or more: use a divisor",
-    )
-    require(not (args.offload and alone), f"offload={args.offload} needs torchrun")
 
 
 def check_algorithm(args: Args) -> None:
+    for flag in ("critic_warmup", "critic_epochs", "critic_lam", "lam", "lam_adaptive"):
+        used = getattr(args, flag) != getattr(PPOFlags, flag)
+        wrong = f" needs --advantage gae: {args.advantage} has no critic"
+        require(args, [(flag, args.has_critic or not used, wrong)])
     require(
-        args.dual_clip is None or args.dual_clip > 1,
-        f"dual_clip={args.dual_clip}: must be above 1",
+        args,
+        [
+            (
+                "lam",
+                args.lam_adaptive is None or args.lam == PPOFlags.lam,
+                f" and lam_adaptive={args.lam_adaptive}: give one of them",
+            ),
+            (
+                "kl_target",
+                args.kl_target is None or args.kl_coef > 0,
+                " needs a --kl_coef above 0 to start from",
+            ),
+            (
+                "kl_in",
+                args.kl_in == "reward" or args.kl_estimator != "k1",
+                " needs --kl_estimator k2 or k3: k1 has no useful gradient in a loss",
+            ),
+        ],
     )
+
+
+def check_evaluation(args: Args) -> None:
     require(
-        args.critic_epochs is None or args.critic_epochs > 0,
-        f"critic_epochs={args.critic_epochs}: must be above 0",
-    )
-    require(
-        args.lam_adaptive is None or args.lam_adaptive > 0,
-        f"lam_adaptive={args.lam_adaptive}: must be above 0",
-    )
-    require(
-        args.lam_adaptive is None or args.lam == PPOFlags.lam,
-        f"lam={args.lam} and lam_adaptive={args.lam_adaptive}: give one of them",
-    )
-    if not args.has_critic:
-        for flag in ("critic_warmup", "critic_epochs", "critic_lam", "lam", "lam_adaptive"):
-            require(
-                getattr(args, flag) == getattr(PPOFlags, flag),
-                f"{flag}={getattr(args, flag)} needs --advantage gae: "
-                f"{args.advantage} has no critic",
-            )
-    require(
-        args.kl_target is None or args.kl_coef > 0,
-        "kl_target needs a kl_coef above 0 to start from",
-    )
-    require(
-        args.kl_in == "reward" or args.kl_estimator != "k1",
-        "kl_in=loss needs --kl_estimator k2 or k3: k1 has no useful gradient in a loss",
+        args,
+        [
+            ("profile", args.profile <= args.steps, f" is none of the --steps {args.steps}"),
+            (
+                "keep_best",
+                not args.keep_best or (args.eval_every and args.keep_best.startswith("eval/")),
+                f" is no metric that --eval_every {args.eval_every} gives: use eval/correct",
+            ),
+            (
+                "eval_samples",
+                args.eval_temperature > 0 or args.eval_samples == 1,
+                " above 1 needs --eval_temperature above 0",
+            ),
+        ],
     )
 
 
@@ -413,8 +437,7 @@ class Answers:
         """The n answers to each prompt."""
         groups = []
         for first in range(0, len(self.rows), n):
-            group = [part[first : first + n] for part in vars(self).values()]
-            groups.append(Answers(*group))
+            groups.append(Answers(*(part[first : first + n] for part in vars(self).values())))
         return groups
 
     def teaches(self) -> bool:
@@ -507,10 +530,10 @@ def compute_logprobs(model: nn.Module, batch: Batch, args: Args, run: Run) -> Te
 @torch.no_grad()
 def compute_values(critic: nn.Module, batch: Batch, args: Args, run: Run) -> Tensor:
     """Of every response token, (B, T) on every rank."""
-    parts = []
-    for p in microbatches(batch, range(len(batch.rows)), args, run):
-        values = kernels.critic_forward(critic, p, run.ranks.sp_group)
-        parts.append((p.index, values))
+    parts = [
+        (p.index, kernels.critic_forward(critic, p, run.ranks.sp_group))
+        for p in microbatches(batch, range(len(batch.rows)), args, run)
+    ]
     models.reshard(critic)
     return kernels.unpack(parts, batch.mask, run.ranks)
 
@@ -758,12 +781,9 @@ def set_up(args: Args) -> Setup:
     bars = show_bars()
     # before the ranks know of each other: it may fork
     source = data.load(args, tokenizer, args.seed, args.eval_rows, bars)
-    first_rows = next(iter(source.train.values()))
-    first_prompt = tokenizer.decode(first_rows[0]["ids"])
-    ends = []
-    for name, rows in source.train.items():
-        ends.append((name, len(rows), rows[0]["ids"], rows[-1]["ids"]))
+    ends = [(name, len(r), r[0]["ids"], r[-1]["ids"]) for name, r in source.train.items()]
     read = repr(ends)
+    first_prompt = tokenizer.decode(ends[0][2])
     patience = 2 * args.stall_minutes or 120
     accelerator, ranks = dist.start_ranks(args.bf16, args.sp, args.replicas, patience)
     run = Run(args, ranks)
@@ -808,44 +828,37 @@ def start_engine(setup: Setup) -> rollout.Engine:
             f"{faults}"
         )
         run.save_now(wait=True)
-        if setup.policy is None:
-            return ()
-        return models.full_weights(setup.policy.model, args.compute_dtype)
+        if setup.policy:
+            return models.full_weights(setup.policy.model, args.compute_dtype)
+        return ()
 
     return rollout.Engine(make, rescue, run.ranks, args.seed, show_bars())
 
 
 def load_models(setup: Setup) -> None:
     args, checkpoint = setup.args, setup.run.checkpoint
-    shared = {"accelerator": setup.accelerator, "attention": args.attention}
     policy_path, critic_path = args.model, args.critic_model or args.model
     if checkpoint:
         policy_path, critic_path = checkpoint / "policy", checkpoint / "critic"
-    policy = models.load_policy(
-        policy_path,
-        kernels.LogprobHead,
-        checkpointing=args.gradient_checkpointing,
-        offload="policy" in args.offload,
-        **shared,
-    )
+    head = kernels.LogprobHead
+
+    def options(name: str) -> dict:
+        return {
+            "accelerator": setup.accelerator,
+            "attention": args.attention,
+            "checkpointing": args.gradient_checkpointing,
+            "offload": name in args.offload,
+        }
+
+    policy = models.load_policy(policy_path, head, **options("policy"))
     setup.policy = Trained(policy, make_optimizer(policy))
     trained = {"policy": setup.policy}
     if args.has_critic:
-        critic = models.load_critic(
-            critic_path,
-            checkpointing=args.gradient_checkpointing,
-            offload="critic" in args.offload,
-            **shared,
-        )
-        setup.critic = Trained(critic, make_optimizer(critic))
-        trained["critic"] = setup.critic
+        critic = models.load_critic(critic_path, **options("critic"))
+        setup.critic = trained["critic"] = Trained(critic, make_optimizer(critic))
     if args.kl_coef:
         setup.reference = models.load_policy(
-            args.model,
-            kernels.LogprobHead,
-            offload="reference" in args.offload,
-            trained=False,
-            **shared,
+            args.model, head, trained=False, **options("reference")
         )
     setup.run.attach(trained, setup.tokenizer)
 
@@ -897,6 +910,14 @@ def collect(pending: list, ranks: dist.Ranks) -> list[dict]:
     return dist.gather([future.result() for future in pending], ranks)
 
 
+def answer_and_judge(setup: Setup, *asked, purpose: int) -> Answers:
+    """As `answer` does; waits for the verdicts."""
+    answers = answer(setup, *asked, purpose)
+    ranks = setup.run.ranks
+    answers.scored = collect(submit(answers, setup.args, ranks), ranks)
+    return answers
+
+
 def refill(answers: Answers, draw: Callable[[int], Answers], args: Args) -> Answers:
     """Dynamic sampling (DAPO, arXiv:2503.14476): answers to one prompt that are all rewarded alike
     teach nothing; those to another prompt, of draw(1), draw(2) ... up to `refill` of them, take
@@ -906,26 +927,21 @@ def refill(answers: Answers, draw: Callable[[int], Answers], args: Args) -> Answ
         if sum(group.teaches() for group in groups) >= args.prompts_per_step:
             break
         groups += draw(k).by_prompt(args.samples_per_prompt)
-    teaching = [group for group in groups if group.teaches()]
-    rest = [group for group in groups if not group.teaches()]
+    groups.sort(key=Answers.teaches, reverse=True)  # stable: each kind stays in its order
     kept = Answers([], [], [])
-    for group in (teaching + rest)[: args.prompts_per_step]:
-        kept.rows += group.rows
-        kept.samples += group.samples
-        kept.texts += group.texts
-        kept.scored += group.scored
+    for group in groups[: args.prompts_per_step]:
+        for name, part in vars(group).items():
+            getattr(kept, name).extend(part)
     return kept
 
 
 def draw_more(setup: Setup, step: int, k: int) -> Answers:
     """Judged answers to the prompts of a batch that no step has: steps end below 10**6, and a step
     draws at most 5 times."""
-    args, ranks = setup.args, setup.run.ranks
+    args = setup.args
     rows = next_prompts(setup, 10**6 + 5 * step + k)
     n = args.samples_per_prompt
-    answers = answer(setup, rows, n, args.temperature, step, purpose=2 + k)
-    answers.scored = collect(submit(answers, args, ranks), ranks)
-    return answers
+    return answer_and_judge(setup, rows, n, args.temperature, step, purpose=2 + k)
 
 
 def next_prompts(setup: Setup, step: int) -> list[dict]:
@@ -933,17 +949,14 @@ def next_prompts(setup: Setup, step: int) -> list[dict]:
     return data.batch(source.train, step, args.prompts_per_step, args.seed, source.weights)
 
 
-def evaluate(setup: Setup) -> tuple[dict[str, float], list[dict]]:
+def evaluate(setup: Setup) -> tuple[dict[str, float], Answers]:
     """Metrics and all answers on held-out rows, with the same random numbers every time."""
-    args, ranks = setup.args, setup.run.ranks
+    n = setup.args.eval_samples
     held_out = [row for rows in setup.source.test.values() for row in rows]
-    answers = answer(setup, held_out, args.eval_samples, args.eval_temperature, 0, purpose=1)
-    answers.scored = collect(submit(answers, args, ranks), ranks)
-    tasks = [row["task"] for row in answers.rows]
-    metrics = rewards.evaluation(answers.scored, args.eval_samples, tasks)
-    total = sum(len(sample.ids) for sample in answers.samples)
-    metrics["eval/length_mean"] = total / len(answers.samples)
-    return metrics, rollout.records(setup.run.start, **vars(answers))
+    answers = answer_and_judge(setup, held_out, n, setup.args.eval_temperature, 0, purpose=1)
+    metrics = rewards.evaluation(answers.scored, n, [row["task"] for row in answers.rows])
+    metrics["eval/length_mean"] = fmean(len(sample.ids) for sample in answers.samples)
+    return metrics, answers
 
 
 def sync(setup: Setup, step: int) -> float:
@@ -974,21 +987,22 @@ def sync(setup: Setup, step: int) -> float:
 
 
 def evaluate_only(setup: Setup) -> list[dict]:
-    metrics, records = evaluate(setup)
-    setup.run.open()
-    setup.run.log({"step": setup.run.start, **metrics}, records)
-    setup.run.say("\n".join(f"{name} {value:.4f}" for name, value in metrics.items()))
+    run = setup.run
+    metrics, answers = evaluate(setup)
+    run.open()
+    run.log({"step": run.start, **metrics}, rollout.records(run.start, **vars(answers)))
+    run.say("\n".join(f"{name} {value:.4f}" for name, value in metrics.items()))
     setup.engine.close()
-    return setup.run.history
+    return run.history
 
 
 def dry_run(setup: Setup) -> list[dict]:
     """--steps 0: what do the prompts, answers and rewards look like?"""
     args, run = setup.args, setup.run
     rows = next_prompts(setup, run.start)
-    answers = answer(setup, rows, args.samples_per_prompt, args.temperature, run.start, purpose=0)
-    answers.scored = collect(submit(answers, args, run.ranks), run.ranks)
-    mean = sum(result["reward"] for result in answers.scored) / len(answers.scored)
+    n = args.samples_per_prompt
+    answers = answer_and_judge(setup, rows, n, args.temperature, run.start, purpose=0)
+    mean = fmean(result["reward"] for result in answers.scored)
     shown = rollout.records(run.start, **vars(answers))[:2]
     run.say(f"one batch: reward {mean:.3f}\n" + rollout.show(shown))
     setup.engine.close()
@@ -1187,9 +1201,7 @@ def critic_metrics(values: Tensor, returns: Tensor, mask: Tensor) -> dict[str, f
             row[f"critic/return_q{q + 1}"] = returns[chosen].mean().item()
     variance = r.var(unbiased=False).item()
     error = (r - v).var(unbiased=False).item()
-    row["critic/explained_var"] = 0.0
-    if variance > 1e-8:
-        row["critic/explained_var"] = 1 - error / variance
+    row["critic/explained_var"] = 1 - error / variance if variance > 1e-8 else 0.0
     return row
 
 

@@ -27,33 +27,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from infra import checkpoint, clock, dist, watchdog
+from infra import checkpoint, clock, dist, guards, watchdog
 from infra.log import hidden, hide, say, sync_append, write
-
-# metric: (when it warns, after how many steps in a row the run stops, what it means). Edit freely
-GUARDS = {
-    "policy/approx_kl": (lambda x: x > 0.3, 20, "the policy jumps: lower --lr or --ppo_epochs"),
-    "policy/entropy": (
-        lambda x: x < 0.005,
-        200,
-        "the policy explores no more: lower --lr, raise --entropy_coef",
-    ),
-    "mismatch/logp_abs_mean": (
-        lambda x: x > 0.1,
-        20,
-        "engine and trainer have other distributions: try --dtype fp32",
-    ),
-    "critic/explained_var": (
-        lambda x: x < 0,
-        200,
-        "the critic is worse than a constant: raise --critic_warmup",
-    ),
-    "reward/std": (
-        lambda x: x == 0,
-        200,
-        "all rewards are equal and teach nothing: look at the samples",
-    ),
-}
 
 
 class Run:
@@ -66,25 +41,26 @@ class Run:
         self.everywhere = partial(dist.everywhere, ranks=ranks)
         self.out = Path(args.out)
 
-        self.config: dict = {}
-        self.checkpoint: Path | None = None  # what the run goes on from
+        self.config = {}
+        self.checkpoint = None  # the folder that the run goes on from
         self.step = 0  # the one that is under way: 1, 2, ...
         self.start = 0  # steps that the weights had at first
         self.done = 0  # ... have had now
         self.saved = 0  # ... had when they were last saved
-        self.streaks: dict[str, int] = {}  # metric -> steps in a row for which it has been bad
+        self.streaks = {}  # metric -> steps in a row for which it has been bad
         self.best = -math.inf  # of --keep_best
-        self.carried: dict = {"kl_coef": None}  # what the algorithm wants back after a resume
+        self.carried = {"kl_coef": None}  # what the algorithm wants back after a resume
 
-        self.trained: dict = {}  # name -> Trained; set by `attach`
+        self.trained = {}  # name -> Trained; set by `attach`
         self.tokenizer = None
         self.saver = checkpoint.Saver(args.out, args.keep_last, args.keep_best)
-        self.folder: RunFolder | None = None
-        self.history: list[dict] = []  # rows of metrics.jsonl
+        self.writes = False  # into its folder: on rank 0, once it is open
+        self.board = None  # of W&B
+        self.history = []  # rows of metrics.jsonl
         self.meter = dist.Meter()
-        self.times: dict[str, float] = {}
-        self.times_of_next_step: dict[str, float] = {}
-        self.stopped = ""
+        self.times = {}  # seconds of the phases
+        self.times_of_next_step = {}
+        self.stopped = ""  # why the run ends before its last step
 
     # ------------------------------------------------------------------------- set-up and end
 
@@ -112,10 +88,22 @@ class Run:
         checkpoint.load_moments(self.checkpoint, trained)
 
     def open(self) -> None:
-        """From here on the run writes into its folder."""
-        if self.main:
-            self.folder = RunFolder(self.out, self.config, self.start, self.args.wandb)
-            self.history = self.folder.history
+        """From here on the run writes into its folder: config.json, metrics.jsonl, samples.jsonl, a
+        copy of the code; and the same numbers for W&B."""
+        if not self.main:
+            return
+        samples = []
+        if self.start:  # later rows are of steps that will come again
+            self.history = read_rows(self.out / "metrics.jsonl", self.start)
+            samples = read_rows(self.out / "samples.jsonl", self.start)
+        self.out.mkdir(parents=True, exist_ok=True)
+        config = {"wandb_id": wandb_id(self.out, self.start)} | self.config
+        write(self.out / "config.json", hide(json.dumps(config, indent=1)))
+        write(self.out / "metrics.jsonl", lines(self.history))
+        write(self.out / "samples.jsonl", lines(samples))
+        copy_code(self.out)
+        self.board = start_wandb(self.args.wandb, self.out.name, config)
+        self.writes = True
 
     def close(self) -> None:
         self.save_now()
@@ -161,7 +149,7 @@ class Run:
         all ranks must know alike)."""
         if not tensors:
             return
-        bad = [text for texts in self.everywhere(not_finite(**tensors)) for text in texts]
+        bad = [text for texts in self.everywhere(guards.not_finite(**tensors)) for text in texts]
         if not bad:
             return
         step = self.done + 1
@@ -188,26 +176,14 @@ class Run:
         return bool(self.stopped)
 
     def warn_if_diverging(self, row: dict, young: bool) -> None:
-        """By GUARDS: warns about a step's metrics, at the 1st, 10th, 20th ... time in a row. A `young` critic
-        may be wrong. RuntimeError, and the weights aside, when it has gone on for too long. Alike
-        on all ranks."""
-        for name, (is_bad, limit, meaning) in GUARDS.items():
-            bad = name in row and is_bad(row[name])
-            if young and name.startswith("critic/"):
-                bad = False
-            if not bad:
-                self.streaks[name] = 0
-                continue
-            streak = self.streaks.get(name, 0) + 1
-            self.streaks[name] = streak
-            text = (
-                f"step {row['step']}: {name} is {row[name]:.3g}, {streak} steps in a row: {meaning}"
-            )
+        """By GUARDS: warns about a step's metrics, at the 1st, 10th, 20th ... time in a row. RuntimeError,
+        and the weights aside, when it has gone on for too long. Alike on all ranks."""
+        for text, streak, limit in guards.bad_metrics(row, self.streaks, young):
             if streak >= limit:
                 aside = f"stopped_step_{row['step']}"
                 self.save(aside, wait=True)
                 raise RuntimeError(
-                    f"{text}. Stopped, as GUARDS in infra/run.py says; "
+                    f"{text}. Stopped, as GUARDS in infra/guards.py says; "
                     f"the weights are in {aside}, not in checkpoints"
                 )
             if streak == 1 or streak % 10 == 0:
@@ -216,10 +192,22 @@ class Run:
     # -------------------------------------------------------------------- the log, checkpoints
 
     def log(self, row: dict, samples: list[dict] = ()) -> None:
-        if self.folder:
-            self.folder.log(row, samples)
-        else:
-            self.history.append(row)
+        """On the disk when it returns: the samples first, so that a row says that its samples are
+        there."""
+        self.history.append(row)
+        if not self.writes:
+            return
+        sync_append(self.out / "samples.jsonl", lines(samples))
+        sync_append(self.out / "metrics.jsonl", lines([row]))
+        try:
+            if self.board:
+                self.board.log(row, step=row["step"])
+        except Exception as error:  # a page of curves is no reason to end a run
+            say(
+                "warning: W&B has failed and is left alone from here on; "
+                f"metrics.jsonl has everything: {error}"
+            )
+            self.board = None
 
     def save(self, name: str, wait: bool = False) -> None:
         """A checkpoint of step `done`. What is not in it is a function of the step: prompts, seeds,
@@ -254,20 +242,6 @@ class Run:
                 self.save_now()
 
 
-def not_finite(**tensors: Tensor | None) -> list[str]:
-    """What each of the tensors that are not finite has, and where: nothing, when all are."""
-    found = []
-    for name, x in tensors.items():
-        if x is None or torch.isfinite(x).all():
-            continue
-        bad = ~torch.isfinite(x)
-        text = f"rank {watchdog.RANK}, {name}: {int(bad.sum())} of {x.numel()} not finite"
-        if x.dim():
-            text += f", first at {bad.nonzero()[0].tolist()}"
-        found.append(text)
-    return found
-
-
 # --------------------------------------------------------------------------------- the run folder
 
 
@@ -287,43 +261,6 @@ def check_folder(out: Path, resume: bool) -> None:
     if resume:
         why = "is no run folder: "
     raise ValueError(f"out={str(out)!r} {why}choose another --out; nothing is written over")
-
-
-class RunFolder:
-    """config.json, metrics.jsonl, samples.jsonl, a copy of the code, and the same numbers for W&B.
-    Rank 0 has one."""
-
-    def __init__(self, out: Path, config: dict, start: int, project: str | None):
-        self.out = out
-        self.history: list[dict] = []
-        samples: list[dict] = []
-        if start:  # later rows are of steps that will come again
-            self.history = read_rows(out / "metrics.jsonl", start)
-            samples = read_rows(out / "samples.jsonl", start)
-        out.mkdir(parents=True, exist_ok=True)
-        config = {"wandb_id": wandb_id(out, start)} | config
-        write(out / "config.json", hide(json.dumps(config, indent=1)))
-        write(out / "metrics.jsonl", lines(self.history))
-        write(out / "samples.jsonl", lines(samples))
-        copy_code(out)
-        self.board = start_wandb(project, out.name, config)
-
-    def log(self, row: dict, samples: list[dict] = ()) -> None:
-        """On the disk when it returns: the samples first, so that a row says that its samples are
-        there."""
-        self.history.append(row)
-        sync_append(self.out / "samples.jsonl", lines(samples))
-        sync_append(self.out / "metrics.jsonl", lines([row]))
-        if not self.board:
-            return
-        try:
-            self.board.log(row, step=row["step"])
-        except Exception as error:  # a page of curves is no reason to end a run
-            say(
-                "warning: W&B has failed and is left alone from here on; "
-                f"metrics.jsonl has everything: {error}"
-            )
-            self.board = None
 
 
 def lines(rows: list[dict]) -> str:
@@ -407,23 +344,37 @@ def plan(args, ranks: dist.Ranks, models: dict, made: dict[str, str], start: int
     )
 
 
+LINE = (
+    "step {step:4d}/{steps} | reward {reward/mean:.3f} correct {reward/correct:.3f} | "
+    "len {rollout/length_mean:.0f} trunc {rollout/truncated_frac:.0%} | "
+    "kl {policy/approx_kl:.4f} ent {policy/entropy:.2f} clip {clipped:.1%} "
+    "gn {policy/grad_norm:.2f} ev {critic/explained_var:.2f} "
+    "gap {mismatch/logp_abs_mean:.0e} mfu {perf/mfu:.0%} | "
+    "{time/step:.1f}s = {phases} | eta {minutes:.0f}m"
+)
+NOT_TRAINED = {
+    "policy/approx_kl": 0.0,
+    "policy/entropy": 0.0,
+    "policy/grad_norm": 0.0,
+    "policy/clipfrac_low": 0.0,
+    "policy/clipfrac_high": 0.0,
+    "critic/explained_var": math.nan,
+}
+
+
 def line(row: dict, steps: int, seconds_per_step: float) -> str:
     """One step for people; fixed order, so that grep works."""
-    minutes = seconds_per_step * (steps - row["step"]) / 60
-    clipped = row.get("policy/clipfrac_low", 0.0) + row.get("policy/clipfrac_high", 0.0)
+    row = NOT_TRAINED | row
     phases = []
     for key, value in row.items():
         if key.startswith("time/") and key != "time/step":
             phases.append(f"{key.removeprefix('time/')} {value:.1f}")
-    text = (
-        f"step {row['step']:4d}/{steps} | "
-        f"reward {row['reward/mean']:.3f} correct {row['reward/correct']:.3f} | "
-        f"len {row['rollout/length_mean']:.0f} trunc {row['rollout/truncated_frac']:.0%} | "
-        f"kl {row.get('policy/approx_kl', 0):.4f} ent {row.get('policy/entropy', 0):.2f} "
-        f"clip {clipped:.1%} gn {row.get('policy/grad_norm', 0):.2f} "
-        f"ev {row.get('critic/explained_var', math.nan):.2f} "
-        f"gap {row['mismatch/logp_abs_mean']:.0e} mfu {row['perf/mfu']:.0%} | "
-        f"{row['time/step']:.1f}s = {' + '.join(phases)} | eta {minutes:.0f}m"
+    text = LINE.format(
+        steps=steps,
+        clipped=row["policy/clipfrac_low"] + row["policy/clipfrac_high"],
+        phases=" + ".join(phases),
+        minutes=seconds_per_step * (steps - row["step"]) / 60,
+        **row,
     )
     if "eval/correct" in row:
         text += f" | eval {row['eval/correct']:.3f}"

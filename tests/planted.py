@@ -167,7 +167,7 @@ BUGS = [
     ),
     Bug(
         "nan-goes-through",
-        "infra/run.py",
+        "infra/guards.py",
         "if x is None or torch.isfinite(x).all():",
         "if True:",
         TRAIN,

@@ -37,7 +37,7 @@ HOT = Bug(
     "n=n,\n                    temperature=temperature * (1.5 if n > 1 else 1),",
     (),
 )
-# (20 steps: after so many in a row GUARDS of infra/run.py end a run whose engine is more than 0.1
+# (20 steps: after so many in a row GUARDS of infra/guards.py end a run whose engine is more than 0.1
 # nats a token off)
 WAYS = {  # name: (flags, what is planted, panel; but for the first panel FEWER steps)
     "PPO": (CRITIC, None, "advantages"),

@@ -94,11 +94,11 @@ def worker(out: str, flags: list[str]) -> None:
     import data
     import ppo
     import rewards
-    from infra import run, watchdog
+    from infra import guards, run, watchdog
 
     data.TASKS["toy"], rewards.REWARDS["toy"] = toy.load_toy, toy.toy
     ask = run.Run.warn_if_diverging
-    run.GUARDS.clear()  # what is learnt is not the question: once the toy is solved all rewards are equal
+    guards.GUARDS.clear()  # what is learnt is not the question: once the toy is solved all rewards are equal
     record = open(f"{out}.rank{watchdog.RANK}.jsonl", "w")
 
     def look(self, row: dict, young: bool) -> None:

@@ -411,10 +411,10 @@ CONTRADICTIONS = {
     "--refill -1": "refill=-1: use 0 to 5",
     "--refill 1 --samples_per_prompt 1": "samples_per_prompt=1: --refill looks for .*use 2 or more",
     "--dual_clip 0.9": "dual_clip=0.9: must be above 1",  # it would stop every token with a negative advantage
-    "--kl_coef 0.1 --kl_in loss": "kl_in=loss needs --kl_estimator k2 or k3",
+    "--kl_coef 0.1 --kl_in loss": "kl_in='loss' needs --kl_estimator k2 or k3",
     "--critic_epochs -1": "critic_epochs=-1: must be above 0",
     "--critic_warmup -1": "critic_warmup=-1: must be 0 or above",
-    "--kl_target 0.1": "kl_target needs a kl_coef above 0",
+    "--kl_target 0.1": "kl_target=0.1 needs a --kl_coef above 0",
 }
 
 

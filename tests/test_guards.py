@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 from test_train import ROOT, TWO, metrics, numbers, start
 
 import ppo
-from infra import run
+from infra import guards, run
 from infra.checkpoint import Saver, checkpoints, damage, read_state
 from infra.dist import Ranks, start_ranks
 from tools import replay
@@ -691,7 +691,7 @@ def test_a_diverged_run_leaves_its_weights(folder, tmp_path, monkeypatch):
     went wrong."""
     import toy
 
-    monkeypatch.setattr(run, "GUARDS", {"reward/std": (lambda x: True, 2, "so we say")})
+    monkeypatch.setattr(guards, "GUARDS", {"reward/std": (lambda x: True, 2, "so we say")})
     with pytest.raises(RuntimeError, match="so we say. Stopped"):
         toy.run(
             str(tmp_path / "run"),
@@ -709,7 +709,7 @@ def test_streaks_survive_a_resume(folder, tmp_path, monkeypatch):
     """Guards the count of bad steps in a row against starting again with every preemption."""
     import toy
 
-    monkeypatch.setitem(run.GUARDS, "critic/value_mean", (lambda x: True, 4, "planted"))
+    monkeypatch.setitem(guards.GUARDS, "critic/value_mean", (lambda x: True, 4, "planted"))
     old = run.Run.warn_if_diverging  # without mercy for a young critic
     monkeypatch.setattr(
         run.Run, "warn_if_diverging", lambda self, row, young: old(self, row, False)

@@ -26,7 +26,7 @@ import kernels
 import rollout
 from infra import checkpoint, dist, models
 from infra.models import Trained
-from infra.run import not_finite
+from infra.guards import not_finite
 
 ALONE = {"sp": 1, "tp": 1, "replicas": 1, "offload": ()}  # flags of one process
 
