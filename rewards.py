@@ -21,11 +21,11 @@ import json
 import re
 import sys
 import textwrap
-from collections import Counter
-from collections.abc import Callable
+from collections import Counter, defaultdict
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import chain
 from math import comb, isfinite
 from operator import add, mul, sub, truediv
 from statistics import fmean
@@ -48,12 +48,10 @@ class Rules:
     unsafe_code: bool = False
 
 
-def verdict(status: str, reward: float | None = None) -> dict:
-    """A result; without a reward it is 1 for "ok" and 0 for all else."""
+def verdict(status: str, **parts: float | str) -> dict:
+    """A result; the reward is 1 for "ok" and 0 for all else, unless it is among the parts."""
     correct = float(status == "ok")
-    if reward is None:
-        reward = correct
-    return {"reward": reward, "correct": correct, "status": status}
+    return {"reward": correct, "correct": correct, "status": status} | parts
 
 
 def answered(text: str) -> str:
@@ -71,11 +69,15 @@ OPERATORS = {ast.Add: add, ast.Sub: sub, ast.Mult: mul, ast.Div: truediv}  # of 
 def last_answer(text: str) -> str | None:
     """What is between the last </answer> and the <answer> before it, newlines allowed; None
     without. Linear time."""
-    end = text.rfind("</answer>")
-    start = text.rfind("<answer>", 0, max(end, 0))
-    if start < 0:
-        return None
-    return text[start + len("<answer>") : end]
+    before = text.rpartition("</answer>")[0]
+    _, tag, answer = before.rpartition("<answer>")
+    return answer if tag else None
+
+
+def value_of(tree: ast.expr) -> Fraction:
+    if isinstance(tree, ast.Constant):
+        return Fraction(tree.value)
+    return OPERATORS[type(tree.op)](value_of(tree.left), value_of(tree.right))
 
 
 def evaluate(expression: str) -> tuple[Fraction | None, list[int]] | None:
@@ -89,26 +91,14 @@ def evaluate(expression: str) -> tuple[Fraction | None, list[int]] | None:
         tree = ast.parse(" ".join(expression.split()), mode="eval").body
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return None  # the last two are how the parser says "too deep"
-    used: list[int] = []
-
-    def value(node: ast.expr) -> Fraction | None:
-        if isinstance(node, ast.Constant) and type(node.value) is int:
-            used.append(node.value)
-            return Fraction(node.value)
-        if isinstance(node, ast.BinOp) and type(node.op) in OPERATORS:
-            left = value(node.left)
-            right = value(node.right)
-            if left is None or right is None:
-                return None
-            if isinstance(node.op, ast.Div) and right == 0:
-                return None
-            return OPERATORS[type(node.op)](left, right)
-        raise SyntaxError("not arithmetic over integers")
-
-    try:
-        return value(tree), used
-    except SyntaxError:
+    nodes = list(ast.walk(tree))
+    if set(map(type, nodes)) - {ast.BinOp, ast.Constant, *OPERATORS}:
         return None
+    used = [node.value for node in nodes if isinstance(node, ast.Constant)]
+    try:
+        return value_of(tree), used
+    except ZeroDivisionError:
+        return None, used
 
 
 def countdown(text: str, row: dict, rules: Rules) -> dict:
@@ -119,15 +109,15 @@ def countdown(text: str, row: dict, rules: Rules) -> dict:
     target = row["answer"]["target"]
     answer = last_answer(text)
     if answer is None:
-        return verdict("no_answer") | {"format": 0.0}
+        return verdict("no_answer", format=0.0)
     result = evaluate(answer)
     if result is None:
-        return verdict("wrong") | {"format": 0.0}
+        return verdict("wrong", format=0.0)
     value, used = result
     said = {"format": 1.0, "answer": answer.strip()}
     if sorted(used) == numbers and value == target:
-        return verdict("ok") | said
-    return verdict("wrong", 0.1) | said
+        return verdict("ok", **said)
+    return verdict("wrong", reward=0.1, **said)
 
 
 # -------------------------------------------------------------------------------------------- math
@@ -140,7 +130,7 @@ NUMBER = r"-?\d[\d,]*(?:\.\d+|/\d+)?"
 def last_box(text: str) -> tuple[str, str] | None:
     """What stands in the last complete \\boxed{} or \\fbox{}, and what follows it. Linear, whatever
     the braces do."""
-    opened: list[int | None] = []  # where the content of a box begins; None: another brace
+    opened = []  # where the content of a box begins; None: another brace
     begin = end = None
     for token in re.finditer(r"\\(?:boxed|fbox)\s*\{|\\.|[{}]", text):
         if token[0] == "{":
@@ -177,24 +167,22 @@ def math(text: str, row: dict, rules: Rules) -> dict:
     """1 when the last \\boxed{} after the reasoning means the same as the row's LaTeX answer
     (verify/equality.py)."""
     gold = str(row["answer"])
-    found = find_math_answer(answered(text), rules)
-    if found is None:
+    answer, tail = find_math_answer(answered(text), rules) or ("", "")
+    stripped = answer.strip()
+    if not stripped:
         return verdict("no_answer")
-    answer, tail = found
-    if not answer.strip():
-        return verdict("no_answer")
-    said = {"answer": answer.strip()}
     if len(answer) > MAX_ANSWER:
-        same = answer.strip() == gold.strip()
-        return verdict("ok" if same else "wrong") | said
+        status = "ok" if stripped == gold.strip() else "wrong"
+        return verdict(status, answer=stripped)
     arguments = [gold, answer, tail[:1000]]
     program = b"from equality import judge"
     outcome = pool.run_sandboxed("math", program, arguments, "judge", MATH_SECONDS)
+    status = "wrong"
     if outcome.output == b"true":
-        return verdict("ok") | said
-    if outcome.status in ("timeout", "memory"):
-        return verdict(outcome.status) | said
-    return verdict("wrong") | said
+        status = "ok"
+    elif outcome.status in ("timeout", "memory"):
+        status = outcome.status
+    return verdict(status, answer=stripped)
 
 
 def readable(answers: list[str], progress: bool = False, size: int = 64) -> list[bool]:
@@ -215,12 +203,10 @@ def readable(answers: list[str], progress: bool = False, size: int = 64) -> list
     from tqdm import tqdm  # comes with datasets; programs are judged without
 
     chunks = [answers[i : i + size] for i in range(0, len(answers), size)]
-    found = []
     with ThreadPoolExecutor(2 * pool.default_workers()) as threads:
         asked = threads.map(ask, chunks)
-        for part in tqdm(asked, "checking answers", len(chunks), disable=not progress):
-            found += part
-    return found
+        bar = tqdm(asked, "checking answers", len(chunks), disable=not progress)
+        return list(chain.from_iterable(bar))
 
 
 # -------------------------------------------------------------------------------------------- code
@@ -236,34 +222,31 @@ def last_block(text: str) -> str | None:
     """The last fenced block that can be Python (by its name, or without one), also when the fence
     is not closed."""
     found = None
-    block: list[str] | None = None  # the lines of the block that is open
-    fence = name = ""
+    block = None  # the lines of the block that is open
     for line in text.split("\n"):
         mark = line.strip()
         if block is None:
             opening = re.match(r"(`{3,}|~{3,})[ \t]*\{?\.?([\w+#-]*)", mark)
             if opening and "`" not in mark[opening.end() :]:
                 fence = opening[1]
-                name = opening[2].lower()
                 block = []
+                if opening[2].lower() in PYTHON:
+                    found = block
         elif mark.endswith(fence):
             rest = line[: line.rindex(fence)]
             if rest.strip():
                 block.append(rest)
-            if name in PYTHON:
-                found = block
             block = None
         else:
             block.append(line)
-    if block is not None and name in PYTHON:
-        found = block
     if found is None:
         return None
     return textwrap.dedent("\n".join(found))
 
 
 def close(given: float, wanted: float) -> bool:
-    return abs(given - wanted) <= FLOAT_TOLERANCE * max(1.0, abs(wanted))
+    """No infinity is close to another, and nan to nothing."""
+    return isfinite(wanted) and abs(given - wanted) <= FLOAT_TOLERANCE * max(1.0, abs(wanted))
 
 
 def same_token(given: str, wanted: str) -> bool:
@@ -276,77 +259,72 @@ def same_token(given: str, wanted: str) -> bool:
         w = float(wanted)
     except ValueError:
         return False
-    if not (isfinite(g) and isfinite(w)):
-        return False
     if re.search("[.eE]", wanted):
         return close(g, w)
     # integers: exactly, and floats are exact so far
-    return g == w and max(len(given), len(wanted)) < 17
+    return g == w and isfinite(w) and max(len(given), len(wanted)) < 17
 
 
 def token_lines(text: str) -> list[list[str]]:
     """Line by line, without empty ones."""
-    lines = [line.split() for line in text.split("\n")]
-    return [line for line in lines if line]
+    return [line.split() for line in text.split("\n") if line.strip()]
 
 
 def same_output(given: bytes, wanted: str) -> bool:
     """Line by line, token by token; empty lines and spaces do not matter."""
     given_lines = token_lines(given.decode("utf-8", "replace"))
     wanted_lines = token_lines(wanted)
-    if [len(line) for line in given_lines] != [len(line) for line in wanted_lines]:
+    if list(map(len, given_lines)) != list(map(len, wanted_lines)):
         return False
-    lines = zip(given_lines, wanted_lines)
-    return all(all(map(same_token, given, wanted)) for given, wanted in lines)
+    return all(map(same_token, chain(*given_lines), chain(*wanted_lines)))
 
 
-def same_value(given: object, wanted: object) -> bool:
+def same_value(given, wanted) -> bool:
     """Of JSON: 1 is 1.0 but not true, floats within the tolerance, no NaN."""
-    if isinstance(given, bool) or isinstance(wanted, bool):
-        return given is wanted
-    if isinstance(given, float) or isinstance(wanted, float):
-        if not (isinstance(given, int | float) and isinstance(wanted, int | float)):
-            return False
-        try:
-            return isfinite(given) and isfinite(wanted) and close(given, wanted)
-        except OverflowError:  # an integer that no float can hold
-            return False
-    if isinstance(given, list) and isinstance(wanted, list):
-        return len(given) == len(wanted) and all(map(same_value, given, wanted))
-    if isinstance(given, dict) and isinstance(wanted, dict):
-        if given.keys() != wanted.keys():
-            return False
-        return all(same_value(given[key], wanted[key]) for key in wanted)
+    match given, wanted:
+        case (bool(), _) | (_, bool()):
+            return given is wanted
+        case (float(), _) | (_, float()):
+            try:
+                return close(given, wanted)
+            except (TypeError, OverflowError):  # no number; an integer that no float can hold
+                return False
+        case list(), list():
+            return len(given) == len(wanted) and all(map(same_value, given, wanted))
+        case dict(), dict():
+            if given.keys() != wanted.keys():
+                return False
+            return all(same_value(given[key], wanted[key]) for key in wanted)
     return type(given) is type(wanted) and given == wanted
 
 
-def from_json(text: str) -> object:
+def from_json(text: str):
     """Integers of 4000 digits and more stay text: to read them takes quadratic time."""
     return json.loads(text, parse_int=lambda digits: int(digits) if len(digits) < 4000 else digits)
 
 
-def same_result(given: bytes, wanted: object) -> bool:
+def same_result(given: bytes, wanted) -> bool:
     try:
         return same_value(from_json(given.decode()), wanted)
     except (ValueError, RecursionError):  # what is no JSON, or no text, or too deep
         return False
 
 
-def as_text(lines: object) -> str:
+def as_text(lines) -> str:
     """Input or output of a program, which some datasets keep as a list of lines."""
     if isinstance(lines, list):
         return "\n".join(lines)
     return str(lines)
 
 
-def as_arguments(given: object) -> object:
+def as_arguments(given):
     """The arguments of a call, which some datasets keep as JSON, one a line."""
     if isinstance(given, str):
         return [from_json(line) for line in given.split("\n") if line.strip()]
     return given
 
 
-def as_value(wanted: object) -> object:
+def as_value(wanted):
     if isinstance(wanted, str):
         return from_json(wanted)
     return wanted
@@ -373,20 +351,16 @@ def run_test(
 ) -> tuple[str, float]:
     """(status, CPU seconds) of a program, or of its function `name`, on one test."""
     given, wanted = test
-    expected = wanted
-    if not isinstance(expected, str):
-        expected = json.dumps(wanted)
+    expected = wanted if isinstance(wanted, str) else json.dumps(wanted)
     size = 2 * len(expected) + (1 << 16)
     outcome = pool.run_sandboxed("code", program, given, name, TEST_SECONDS, size, unsafe)
-    if outcome.status == "timeout":  # of the clock, perhaps: a program that sleeps pays too
-        return "timeout", max(outcome.cpu, TEST_SECONDS)
-    if outcome.status != "ok":
-        return outcome.status, outcome.cpu
-    if name:
-        right = same_result(outcome.output, wanted)
-    else:
-        right = same_output(outcome.output, wanted)
-    return "ok" if right else "wrong", outcome.cpu
+    status = outcome.status
+    if status == "timeout":  # of the clock, perhaps: a program that sleeps pays too
+        return status, max(outcome.cpu, TEST_SECONDS)
+    same = same_result if name else same_output
+    if status == "ok" and not same(outcome.output, wanted):
+        status = "wrong"
+    return status, outcome.cpu
 
 
 def code(text: str, row: dict, rules: Rules) -> dict:
@@ -398,7 +372,7 @@ def code(text: str, row: dict, rules: Rules) -> dict:
     program = last_block(text)
     if program is None and rules.answers == "any":
         program = text
-    if program is None or not program.strip():
+    if not program or not program.strip():
         return verdict("no_answer")
     source = program.encode("utf-8", "surrogatepass")
     status = "ok"
@@ -417,7 +391,7 @@ def code(text: str, row: dict, rules: Rules) -> dict:
         if late or (status != "ok" and rules.code_reward == "all"):
             break
     if rules.code_reward == "fraction":
-        return verdict(status, passed / len(tests))
+        return verdict(status, reward=passed / len(tests))
     return verdict(status)
 
 
@@ -438,20 +412,18 @@ def gym(text: str, row: dict, rules: Rules) -> dict:
     answer = last_answer(answered(text))
     if answer is None:
         return verdict("no_answer")
-    said = {"answer": answer.strip()}
-    arguments = [row["answer"]["name"], row["answer"]["entry"], answer.strip()[:MAX_ANSWER]]
+    answer = answer.strip()
+    arguments = [row["answer"]["name"], row["answer"]["entry"], answer[:MAX_ANSWER]]
     outcome = pool.run_sandboxed("rg", GYM, arguments, "judge", GYM_SECONDS)
     if outcome.status != "ok":
-        return verdict(outcome.status) | said
+        return verdict(outcome.status, answer=answer)
     points = min(1.0, max(0.0, float(outcome.output)))
-    if points < 1:
-        return verdict("wrong", points) | said
-    return verdict("ok") | said
+    return verdict("wrong" if points < 1 else "ok", reward=points, answer=answer)
 
 
 # ------------------------------------------------------------------------------------- the rewards
 
-REWARDS: dict[str, Callable[[str, dict, Rules], dict]] = {  # of each task, up to a colon
+REWARDS = {  # of each task, up to a colon
     "countdown": countdown,
     "math": math,
     "code": code,
@@ -484,7 +456,7 @@ def judge(text: str, row: dict, rules: Rules) -> dict:
     try:
         return reward(text, row, rules)
     except pool.Infra as error:
-        return verdict("infra") | {"why": str(error)}
+        return verdict("infra", why=str(error))
 
 
 def submit(
@@ -508,11 +480,9 @@ def submit(
     futures = []
     for i, (text, row) in enumerate(zip(texts, rows)):
         if finished and not finished[i]:
-            future: Future = Future()
-            future.set_result(verdict("no_answer"))
+            futures.append(pool.submit(verdict, "no_answer"))
         else:
-            future = pool.submit(judge, text, row, rules)
-        futures.append(future)
+            futures.append(pool.submit(judge, text, row, rules))
     return futures
 
 
@@ -545,39 +515,35 @@ def summary(scored: list[dict], tasks: list[str] = ()) -> dict[str, float]:
     """Means of "reward" and of every other number in the results, our own failures ("infra") left
     out; the part of the results with each status. Where there are several, reward and share right
     of each of the `tasks` of the results."""
-    row = {}
     statuses = [result["status"] for result in scored]
-    for status in STATUSES:
-        row[f"reward/{status}_frac"] = statuses.count(status) / len(scored)
-    values: dict[str, list[float]] = {}
+    row = {f"reward/{name}_frac": statuses.count(name) / len(scored) for name in STATUSES}
+    values = defaultdict(list)
     for result in scored:
         if result["status"] != "infra":
             for part, value in result.items():
                 if isinstance(value, int | float):
-                    values.setdefault(part, []).append(value)
+                    values[part].append(value)
     for part in sorted(values):
         key = "reward/mean" if part == "reward" else f"reward/{part}"
         row[key] = sum(values[part]) / len(values[part])
     for task, results in by_task(scored, tasks).items():
         own = summary(results)
-        for key in ("mean", "correct"):
-            if f"reward/{key}" in own:
-                row[f"reward/{task}/{key}"] = own[f"reward/{key}"]
+        for key in ("reward/mean", "reward/correct"):
+            if key in own:
+                row[key.replace("reward/", f"reward/{task}/")] = own[key]
     return row
 
 
 def by_task(scored: list[dict], tasks: list[str]) -> dict[str, list[dict]]:
     """The results of each task, where there are several."""
-    if len(set(tasks)) < 2:
-        return {}
-    groups: dict[str, list[dict]] = {task: [] for task in sorted(set(tasks))}
+    groups = defaultdict(list)
     for result, task in zip(scored, tasks):
         groups[task].append(result)
-    return groups
+    return dict(sorted(groups.items())) if len(groups) > 1 else {}
 
 
 def count_right(row: list[dict]) -> int:
-    return len([result for result in row if result["correct"] == 1])
+    return [result["correct"] for result in row].count(1)
 
 
 def mean(values: list[float]) -> float:
