@@ -80,7 +80,7 @@ def value_of(tree: ast.expr) -> Fraction:
     return OPERATORS[type(tree.op)](value_of(tree.left), value_of(tree.right))
 
 
-def evaluate(expression: str) -> tuple[Fraction | None, list[int]] | None:
+def evaluate(expression: str) -> tuple | None:
     """(value, integers used) of an expression over + - * / and parentheses, exactly; None when it
     is anything else. The value is None when it divides by zero. Only binary operators and plain
     integers pass, so `**`, `//`, `1.5`, a leading minus, names, calls and attributes are all
@@ -124,10 +124,11 @@ def countdown(text: str, row: dict, rules: Rules) -> dict:
 
 MATH_SECONDS = 2.0  # CPU time of one comparison
 MAX_ANSWER = 4000  # characters that anything but == may see
+EQUALITY = b"from equality import judge, readables"
 NUMBER = r"-?\d[\d,]*(?:\.\d+|/\d+)?"
 
 
-def last_box(text: str) -> tuple[str, str] | None:
+def last_box(text: str) -> tuple | None:
     """What stands in the last complete \\boxed{} or \\fbox{}, and what follows it. Linear, whatever
     the braces do."""
     opened = []  # where the content of a box begins; None: another brace
@@ -147,7 +148,7 @@ def last_box(text: str) -> tuple[str, str] | None:
     return text[begin:end], text[end + 1 :]
 
 
-def find_math_answer(text: str, rules: Rules) -> tuple[str, str] | None:
+def find_math_answer(text: str, rules: Rules) -> tuple | None:
     """The answer, and what follows it, that the rules allow to be found in a response without its
     reasoning: the last box, else the last <answer>, else the last number."""
     box = last_box(text)
@@ -171,28 +172,25 @@ def math(text: str, row: dict, rules: Rules) -> dict:
     stripped = answer.strip()
     if not stripped:
         return verdict("no_answer")
-    if len(answer) > MAX_ANSWER:
-        status = "ok" if stripped == gold.strip() else "wrong"
-        return verdict(status, answer=stripped)
-    arguments = [gold, answer, tail[:1000]]
-    program = b"from equality import judge"
-    outcome = pool.run_sandboxed("math", program, arguments, "judge", MATH_SECONDS)
     status = "wrong"
-    if outcome.output == b"true":
-        status = "ok"
-    elif outcome.status in ("timeout", "memory"):
-        status = outcome.status
-    return verdict(status, answer=stripped)
+    if len(answer) > MAX_ANSWER:
+        same = stripped == gold.strip()
+    else:
+        arguments = [gold, answer, tail[:1000]]
+        outcome = pool.run_sandboxed("math", EQUALITY, arguments, "judge", MATH_SECONDS)
+        same = outcome.output == b"true"
+        if outcome.status in ("timeout", "memory"):
+            status = outcome.status
+    return verdict("ok" if same else status, answer=stripped)
 
 
 def readable(answers: list[str], progress: bool = False, size: int = 64) -> list[bool]:
     """Which LaTeX answers of a dataset could `math` judge by their meaning? `size` of them share a
     process; where it dies, each half gets one of its own."""
 
-    def ask(chunk: list[str]) -> list[bool]:
+    def ask(chunk):
         seconds = MATH_SECONDS + 0.02 * len(chunk)
-        program = b"from equality import readables"
-        outcome = pool.run_sandboxed("math", program, [chunk], "readables", seconds)
+        outcome = pool.run_sandboxed("math", EQUALITY, [chunk], "readables", seconds)
         if outcome.status == "ok":
             return json.loads(outcome.output)
         if len(chunk) == 1:
@@ -205,14 +203,14 @@ def readable(answers: list[str], progress: bool = False, size: int = 64) -> list
     chunks = [answers[i : i + size] for i in range(0, len(answers), size)]
     with ThreadPoolExecutor(2 * pool.default_workers()) as threads:
         asked = threads.map(ask, chunks)
-        bar = tqdm(asked, "checking answers", len(chunks), disable=not progress)
-        return list(chain.from_iterable(bar))
+        parts = tqdm(asked, "checking answers", len(chunks), disable=not progress)
+        return list(chain.from_iterable(parts))
 
 
 # -------------------------------------------------------------------------------------------- code
 
 # The names of a fenced block that can be Python
-PYTHON = set("python python3 py py3 python2 cpython pypy pypy3 ipython sage code".split()) | {""}
+PYTHON = {"", *"python python3 py py3 python2 cpython pypy pypy3 ipython sage code".split()}
 TEST_SECONDS = 4.0  # CPU time of a program on one test; by the clock twice that and a second more
 MAX_TESTS_TIME = 10  # times TEST_SECONDS: what all tests of a program may take together
 FLOAT_TOLERANCE = 1e-6  # relative, absolute below 1; only where a decimal is expected
@@ -245,7 +243,7 @@ def last_block(text: str) -> str | None:
 
 
 def close(given: float, wanted: float) -> bool:
-    """No infinity is close to another, and nan to nothing."""
+    # nothing is close to infinity, nor to nan
     return isfinite(wanted) and abs(given - wanted) <= FLOAT_TOLERANCE * max(1.0, abs(wanted))
 
 
@@ -265,8 +263,8 @@ def same_token(given: str, wanted: str) -> bool:
     return g == w and isfinite(w) and max(len(given), len(wanted)) < 17
 
 
-def token_lines(text: str) -> list[list[str]]:
-    """Line by line, without empty ones."""
+def token_lines(text: str) -> list:
+    """The words of each line that has some."""
     return [line.split() for line in text.split("\n") if line.strip()]
 
 
@@ -292,9 +290,8 @@ def same_value(given, wanted) -> bool:
         case list(), list():
             return len(given) == len(wanted) and all(map(same_value, given, wanted))
         case dict(), dict():
-            if given.keys() != wanted.keys():
-                return False
-            return all(same_value(given[key], wanted[key]) for key in wanted)
+            same_keys = given.keys() == wanted.keys()
+            return same_keys and all(same_value(given[key], wanted[key]) for key in wanted)
     return type(given) is type(wanted) and given == wanted
 
 
@@ -330,7 +327,7 @@ def as_value(wanted):
     return wanted
 
 
-def unit_tests(row: dict) -> list[tuple[object, object]]:
+def unit_tests(row: dict) -> list[tuple]:
     """(input, expected output) of each test: texts, or for a function its list of arguments and its
     result."""
     answer = row["answer"]
@@ -346,11 +343,8 @@ def unit_tests(row: dict) -> list[tuple[object, object]]:
     return list(zip(map(as_text, inputs), map(as_text, outputs)))
 
 
-def run_test(
-    program: bytes, name: str | None, test: tuple[object, object], unsafe: bool
-) -> tuple[str, float]:
+def run_test(program: bytes, name: str | None, given, wanted, unsafe: bool) -> tuple:
     """(status, CPU seconds) of a program, or of its function `name`, on one test."""
-    given, wanted = test
     expected = wanted if isinstance(wanted, str) else json.dumps(wanted)
     size = 2 * len(expected) + (1 << 16)
     outcome = pool.run_sandboxed("code", program, given, name, TEST_SECONDS, size, unsafe)
@@ -378,8 +372,8 @@ def code(text: str, row: dict, rules: Rules) -> dict:
     status = "ok"
     passed = 0
     spent = 0.0
-    for test in tests:
-        outcome, seconds = run_test(source, name, test, rules.unsafe_code)
+    for given, wanted in tests:
+        outcome, seconds = run_test(source, name, given, wanted, rules.unsafe_code)
         spent += seconds
         late = spent > MAX_TESTS_TIME * TEST_SECONDS
         if outcome == "ok" and late:
@@ -434,27 +428,24 @@ REWARDS = {  # of each task, up to a colon
 # ----------------------------------------------------------------------------------------- batches
 
 DEFAULT = Rules()
+Results = list[dict]  # of submit()
 
 
-def reward_name(task: str) -> str:
-    """The key in REWARDS: that of rg:chain_sum is rg."""
-    return task.partition(":")[0]
-
-
-def check_tasks(tasks: set[str]) -> None:
-    unknown = sorted({reward_name(task) for task in tasks} - REWARDS.keys())
+def reward_names(tasks: set[str]) -> set[str]:
+    """Their keys in REWARDS: that of rg:chain_sum is rg. Raises where there is none."""
+    names = {task.partition(":")[0] for task in tasks}
+    unknown = sorted(names - REWARDS.keys())
     if unknown:
         raise ValueError(
             f"no reward for task {', '.join(map(repr, unknown))}: add it to REWARDS in rewards.py, "
             f"which has {', '.join(REWARDS)}"
         )
+    return names
 
 
 def judge(text: str, row: dict, rules: Rules) -> dict:
-    """The result of one response."""
-    reward = REWARDS[reward_name(row["task"])]
     try:
-        return reward(text, row, rules)
+        return REWARDS[row["task"].partition(":")[0]](text, row, rules)
     except pool.Infra as error:
         return verdict("infra", why=str(error))
 
@@ -474,7 +465,7 @@ def submit(
     Raises on our own mistakes only: an unknown task here; a bad row, or a machine without enough
     walls, as the result.
     """
-    check_tasks({row["task"] for row in rows})
+    reward_names({row["task"] for row in rows})
     if len(texts) != len(rows):
         raise ValueError(f"{len(texts)} texts for {len(rows)} rows: give one row for each text")
     futures = []
@@ -486,22 +477,17 @@ def submit(
     return futures
 
 
-def score(
-    texts: list[str],
-    rows: list[dict],
-    finished: list[bool] | None = None,
-    rules: Rules = DEFAULT,
-) -> list[dict]:
-    """The results of submit(), in the order of the texts; the same for any number of processes."""
-    return [future.result() for future in submit(texts, rows, finished, rules)]
+def score(*batch, **options) -> Results:
+    """The results of submit(*batch, **options), in the order of the texts; the same for any number
+    of processes."""
+    return [future.result() for future in submit(*batch, **options)]
 
 
 def start(tasks: set[str], rules: Rules = DEFAULT) -> dict[str, str]:
     """Starts what the tasks need, so that what is missing shows before the first step: packages,
     walls of the sandbox, a reward. Returns {sandbox: which walls it has}."""
-    check_tasks(tasks)
     made = {}
-    for kind in sorted({reward_name(task) for task in tasks} & pool.KINDS.keys()):
+    for kind in sorted(reward_names(tasks) & pool.KINDS.keys()):
         unsafe = kind == "code" and rules.unsafe_code
         outcome = pool.run_sandboxed(kind, b"def f(): pass", [], "f", cpu=1.0, unsafe=unsafe)
         walls = ", ".join(outcome.walls["layers"])
@@ -511,7 +497,7 @@ def start(tasks: set[str], rules: Rules = DEFAULT) -> dict[str, str]:
     return made
 
 
-def summary(scored: list[dict], tasks: list[str] = ()) -> dict[str, float]:
+def summary(scored: Results, tasks: list[str] = ()) -> dict[str, float]:
     """Means of "reward" and of every other number in the results, our own failures ("infra") left
     out; the part of the results with each status. Where there are several, reward and share right
     of each of the `tasks` of the results."""
@@ -534,7 +520,7 @@ def summary(scored: list[dict], tasks: list[str] = ()) -> dict[str, float]:
     return row
 
 
-def by_task(scored: list[dict], tasks: list[str]) -> dict[str, list[dict]]:
+def by_task(scored: Results, tasks: list[str]) -> dict[str, Results]:
     """The results of each task, where there are several."""
     groups = defaultdict(list)
     for result, task in zip(scored, tasks):
@@ -542,7 +528,7 @@ def by_task(scored: list[dict], tasks: list[str]) -> dict[str, list[dict]]:
     return dict(sorted(groups.items())) if len(groups) > 1 else {}
 
 
-def count_right(row: list[dict]) -> int:
+def count_right(row: Results) -> int:
     return [result["correct"] for result in row].count(1)
 
 
@@ -550,19 +536,18 @@ def mean(values: list[float]) -> float:
     return fmean(values or [0.0])
 
 
-def pass_at(n: int, rows: list[list[dict]]) -> float:
+def pass_at(n: int, rows: list[Results]) -> float:
     """The chance that at least one of n answers to a question is right, without bias, over rows of
     at least n answers to the same question (of all, where there are fewer); arXiv:2107.03374,
     equation 1."""
     chances = []
     for row in rows:
         drawn = min(n, len(row))
-        all_wrong = comb(len(row) - count_right(row), drawn) / comb(len(row), drawn)
-        chances.append(1 - all_wrong)
+        chances.append(1 - comb(len(row) - count_right(row), drawn) / comb(len(row), drawn))
     return mean(chances)
 
 
-def majority(row: list[dict]) -> float:
+def majority(row: Results) -> float:
     """Is the most frequent of the answers to one question right? Right ones are the same one; a tie
     counts for its share."""
     right = count_right(row)
@@ -573,15 +558,15 @@ def majority(row: list[dict]) -> float:
     return 1 / (1 + counts.count(right))
 
 
-def evaluation(scored: list[dict], k: int, tasks: list[str] = ()) -> dict[str, float]:
+def evaluation(scored: Results, k: int, tasks: list[str] = ()) -> dict[str, float]:
     """Of k results for each held-out row, neighbours together: the share right (mean@k), pass@n for
     n = 1, 2, 4 ... k, and maj@k where answers can be compared. "infra" is left out. `tasks` as in
     summary()."""
-    rows = []
-    for i in range(0, len(scored), k):
-        sound = [result for result in scored[i : i + k] if result["status"] != "infra"]
-        if sound:
-            rows.append(sound)
+    groups = defaultdict(list)
+    for i, result in enumerate(scored):
+        if result["status"] != "infra":
+            groups[i // k].append(result)
+    rows = list(groups.values())
     out = {"eval/correct": mean([count_right(row) / len(row) for row in rows])}
     if k > 1:
         out[f"eval/mean_at_{k}"] = out["eval/correct"]
@@ -590,7 +575,7 @@ def evaluation(scored: list[dict], k: int, tasks: list[str] = ()) -> dict[str, f
             out[f"eval/pass_at_{n}"] = pass_at(n, rows)
             n *= 2
         out[f"eval/pass_at_{k}"] = pass_at(k, rows)
-        if any("answer" in result for row in rows for result in row):
+        if any("answer" in result for result in scored):
             out[f"eval/maj_at_{k}"] = mean([majority(row) for row in rows])
     for task, results in by_task(scored, tasks).items():
         for key, value in evaluation(results, k).items():
