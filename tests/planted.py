@@ -727,8 +727,8 @@ BUGS = [
     Bug(
         "pass-at-k-biased",
         "rewards.py",
-        "all_wrong = comb(len(row) - count_right(row), drawn) / comb(len(row), drawn)",
-        "all_wrong = (1 - count_right(row) / len(row)) ** drawn",
+        "1 - comb(len(row) - count_right(row), drawn) / comb(len(row), drawn)",
+        "1 - (1 - count_right(row) / len(row)) ** drawn",
         REWARDS,
     ),
     Bug(
@@ -788,8 +788,8 @@ BUGS = [
     Bug(
         "first-answer",
         "rewards.py",
-        'start = text.rfind("<answer>", 0, max(end, 0))',
-        'start = text.find("<answer>", 0, max(end, 0))',
+        'before.rpartition("<answer>")',
+        'before.partition("<answer>")',
         REWARDS,
     ),
     Bug("cut-is-rewarded", "rewards.py", "if finished and not finished[i]:", "if False:", REWARDS),

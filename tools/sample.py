@@ -6,6 +6,7 @@ CPU: what the canary of a run watches, without a run.
 """
 
 import sys
+from itertools import islice
 from pathlib import Path
 from typing import Literal
 
@@ -14,7 +15,6 @@ import ppo  # noqa: F401  first: the guard for the name `kernels`
 
 import torch
 import tyro
-from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
@@ -35,9 +35,10 @@ def main(
     max_new_tokens: int = 64,
     temperature: float = 1.0,
     seed: int = 0,
-) -> None:
+):
     """Answers of an engine, and how far it is from transformers."""
     logging.disable_progress_bar()
+    torch.set_grad_enabled(False)
     try:
         tokenizer = AutoTokenizer.from_pretrained(model)
         plain = AutoModelForCausalLM.from_pretrained(
@@ -48,44 +49,35 @@ def main(
     if temperature == 0:
         n = 1
     ids = tokenizer(list(prompt))["input_ids"]
-    dtype = "auto"
-    if not torch.cuda.is_available():
-        dtype = "float32"
     sampler = rollout.make_sampler(
         engine,
         model,
         rollout.eos_ids(model, tokenizer),
         seed=seed,
-        max_len=max(len(x) for x in ids) + max_new_tokens,
+        max_len=max(map(len, ids)) + max_new_tokens,
         max_seqs=n * len(ids),
-        dtype=dtype,
+        dtype="auto" if torch.cuda.is_available() else "float32",
     )
     gaps = []
-    for i, sample in enumerate(sampler.sample(ids, n, max_new_tokens, temperature, seed)):
-        fed = ids[i // n]
-        logprobs = plain_logprobs(plain, fed, sample.ids, temperature or 1.0)
-        gaps.append((logprobs - torch.tensor(sample.logprobs)).abs())
-        if i % n == 0:
-            print(f"prompt of {len(fed)} tokens: {prompt[i // n]!r}")
-        end = "cut"
-        if sample.finished:
-            end = "finished"
-        text = tokenizer.decode(sample.ids)
-        print(f"  {end}, {len(sample.ids)} tokens, gap {gaps[-1].mean():.1e}: {text!r}")
+    samples = iter(sampler.sample(ids, n, max_new_tokens, temperature, seed))
+    for text, fed in zip(prompt, ids):
+        print(f"prompt of {len(fed)} tokens: {text!r}")
+        for sample in islice(samples, n):
+            logits = plain(torch.tensor([fed + sample.ids])).logits[0, len(fed) - 1 : -1]
+            logprobs = (logits / (temperature or 1.0)).log_softmax(-1)
+            chosen = logprobs[range(len(sample.ids)), sample.ids]
+            gaps.append((chosen - torch.tensor(sample.logprobs)).abs())
+            end = "finished" if sample.finished else "cut"
+            print(
+                f"  {end}, {len(sample.ids)} tokens, gap {gaps[-1].mean():.1e}: "
+                f"{tokenizer.decode(sample.ids)!r}"
+            )
     gap = torch.cat(gaps)
     print(
         f"{engine}: mean |log-prob difference| {gap.mean():.1e}, largest {gap.max():.1e}, "
         f"of {len(gap)} tokens"
     )
     sampler.close()
-
-
-@torch.no_grad()
-def plain_logprobs(model, prompt: list[int], response: list[int], temperature: float) -> Tensor:
-    """Of every response token, by a forward over the whole sequence."""
-    logits = model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
-    logprobs = (logits / temperature).log_softmax(-1)
-    return logprobs.gather(1, torch.tensor(response)[:, None])[:, 0]
 
 
 if __name__ == "__main__":
