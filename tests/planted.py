@@ -797,22 +797,22 @@ BUGS = [
     Bug(
         "fork-allowed",
         "verify/sandbox.py",
-        '"clone": [argument(0), (ANY_BIT, 0, 1, CLONE_THREAD), reply(ALLOW), refuse],',
-        '"clone": [reply(ALLOW), refuse],',
+        '"clone": any_bit(0, CLONE_THREAD, ALLOW, refuse),',
+        '"clone": [ALLOW, refuse],',
         SANDBOX,
     ),
     Bug(
         "kill-anybody",
         "verify/sandbox.py",
         '"kill": only(0, ITSELF),',
-        '"kill": [reply(ALLOW)],',
+        '"kill": [ALLOW],',
         SANDBOX,
     ),
     Bug(
         "any-fcntl",
         "verify/sandbox.py",
         '"fcntl": only(1, 0, 1, 2, 3, 4, 1030, error=errno.EINVAL),',
-        '"fcntl": [reply(ALLOW)],',
+        '"fcntl": [ALLOW],',
         SANDBOX,
     ),
     Bug(
@@ -825,8 +825,8 @@ BUGS = [
     Bug(
         "descriptors-kept",
         "verify/sandbox.py",
-        "        os.closerange(3, 256)",
-        "        pass",
+        "    os.closerange(len(kept), 256)",
+        "    pass",
         SANDBOX,
     ),
     Bug("no-memory-limit", "verify/sandbox.py", 'AS=job["memory"], ', "", SANDBOX),
@@ -872,7 +872,7 @@ BUGS = [
     Bug(
         "units-ignored",
         "verify/equality.py",
-        "if g.unit and a.unit and g.unit != a.unit:",
+        "if gold_unit and answer_unit and gold_unit != answer_unit:",
         "if False:",
         EQUALITY,
     ),
