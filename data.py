@@ -191,15 +191,16 @@ def remembered(what: str, make: Callable, *key: str):
     return made
 
 
-def this_code() -> str:
-    """A part of most keys: whatever is edited in this file, nothing old is taken for new."""
-    return Path(__file__).read_text()
+# a part of most keys: whatever is edited in this file, nothing old is taken for new
+THIS_CODE = Path(__file__).read_text()
 
 
 def identity(tokenizer) -> str:
     """All that token ids depend on."""
-    settings = f"{tokenizer.chat_template} {tokenizer.special_tokens_map}"
-    return f"{tokenizer.backend_tokenizer.to_str()}\n{settings}"
+    return (
+        f"{tokenizer.backend_tokenizer.to_str()}\n"
+        f"{tokenizer.chat_template} {tokenizer.special_tokens_map}"
+    )
 
 
 # -------------------------------------------------------------------------------- rows made by rule
@@ -224,8 +225,8 @@ def countdown_problems(split, seed, sizes, max_number, count):
     problems = {}
     while len(problems) < count:
         numbers = [rng.randint(1, max_number) for _ in range(rng.choice(sizes))]
-        digest = hashlib.sha256(repr(sorted(numbers)).encode()).digest()
-        held_out = digest[0] % 10 == 0  # whatever the seed
+        made_of = hashlib.sha256(repr(sorted(numbers)).encode()).digest()
+        held_out = made_of[0] % 10 == 0  # whatever the seed
         if held_out == (split == "test"):
             target = random_value(rng, numbers)
             if target.denominator == 1 and 1 <= target <= 100:
@@ -241,8 +242,7 @@ def countdown(
     expression over the numbers."""
     count = train if split == "train" else 1_024
     rule = (split, seed, sizes, max_number, count)
-    make = partial(countdown_problems, *rule)
-    problems = remembered("countdown", make, repr(rule), this_code())
+    problems = remembered("countdown", partial(countdown_problems, *rule), repr(rule), THIS_CODE)
     return [
         {
             "task": "countdown",
@@ -297,10 +297,11 @@ def gym(name: str, split: str, seed: int, template: str) -> list[dict]:
     problems = test = gym_problems(name, 0, 256)
     if split == "train":
         problems = gym_problems(name, seed + 1, 2_000)
-    answers = {}
-    for question, problem in problems.items():
-        if split == "test" or question not in test:
-            answers[question] = {"name": name, "entry": problem}
+    answers = {
+        question: {"name": name, "entry": problem}
+        for question, problem in problems.items()
+        if split == "test" or question not in test
+    }
     return in_words(f"rg:{name}", f"{name}-{split}", answers, template)
 
 
@@ -342,10 +343,8 @@ def math_answer(given) -> str:
     """LaTeX from an answer, or from a solution that ends with it: "#### 72" (GSM8K) or \\boxed{72}
     (MATH)."""
     need(given not in (None, ""), "no answer")
-    mistyped = "answer of the wrong type"
-    need(type(given) in (str, int, float), mistyped)
-    if isinstance(given, float):
-        need(math.isfinite(given), mistyped)
+    typed = type(given) in (str, int) or (isinstance(given, float) and math.isfinite(given))
+    need(typed, "answer of the wrong type")
     text = str(given).rpartition("####")[2]
     if "\\boxed{" in text:
         text = ["", *BOXED.findall(text)][-1]
@@ -386,7 +385,7 @@ def countdown_answer(given) -> dict:
     need(isinstance(given, dict), absent)
     numbers = given.get("numbers")
     target = given.get("target")
-    need(numbers is not None and target is not None, absent)
+    need(None not in (numbers, target), absent)
     mistyped = "numbers or target of the wrong type"
     need(isinstance(numbers, list) and numbers, mistyped)
     need(all(type(n) is int for n in [*numbers, target]), mistyped)
@@ -398,7 +397,7 @@ ANSWERS = {"math": math_answer, "code": code_answer, "countdown": countdown_answ
 # task -> hub id that is read without --data; the others need one, or are made by rule (TASKS)
 DEFAULTS = {"math": "PRIME-RL/Eurus-2-RL-Data", "code": "PRIME-RL/Eurus-2-RL-Data"}
 
-# -------------------------------------------------------------------- one reader a published schema
+# -------------------------------------------------------------------- ------- the published schemas
 
 
 class Place(NamedTuple):
@@ -430,34 +429,29 @@ def named_task(raw: dict, default: str):
     return default
 
 
-def ground_truth(raw: dict):
-    match raw:
-        case {"reward_model": {"ground_truth": truth}}:
-            return truth
-    return None
-
-
 def tinyzero(raw: dict):
     """The problem of a row of Countdown-Tasks-3to4, {"target": 98, "nums": [44, 19, 35]}, or of the
     files that TinyZero makes of it: those have the two as ground truth, and say "ability": "math".
     None: a row of something else."""
-    truth = ground_truth(raw)
-    if isinstance(truth, dict) and "target" in truth:
-        raw = raw | truth
-    elif named_task(raw, "countdown") != "countdown":
-        return None
-    if "target" not in raw or not ("numbers" in raw or "nums" in raw):
-        return None
-    return {"numbers": raw.get("numbers", raw.get("nums")), "target": raw["target"]}
+    match raw:
+        case {"reward_model": {"ground_truth": {"target": _} as truth}}:
+            raw = raw | truth
+        case _ if named_task(raw, "countdown") != "countdown":
+            return None
+    match raw:
+        case {"target": target, "numbers": numbers} | {"target": target, "nums": numbers}:
+            return {"numbers": numbers, "target": target}
+    return None
 
 
 def published_answer(raw: dict):
     """What a row says of its answer, for the function in ANSWERS."""
-    truth = ground_truth(raw)
-    if truth is not None:  # Eurus-2-RL-Data of PRIME, and whatever has veRL's schema
-        return truth
-    if "inputs" in raw:  # tests in columns: "inputs", "outputs", "fn_name"
-        return raw
+    match raw:
+        # Eurus-2-RL-Data of PRIME, and whatever has veRL's schema
+        case {"reward_model": {"ground_truth": truth}} if truth is not None:
+            return truth
+        case {"inputs": _}:  # tests in columns: "inputs", "outputs", "fn_name"
+            return raw
     # GSM8K ("question", "answer"), MATH ("problem", "solution"), and files of your own
     return first(raw, ANSWER_COLUMNS)
 
@@ -488,9 +482,10 @@ def conversation(prompt):
                 pass
             case _:
                 raise BadRow(mistyped)
-    asks = prompt and prompt[-1]["role"] == "user" and prompt[-1]["content"].strip()
-    need(asks, "no question in the prompt")
-    return prompt
+    match prompt:
+        case [*_, {"role": "user", "content": question}] if question.strip():
+            return prompt
+    raise BadRow("no question in the prompt")
 
 
 def read(
@@ -565,7 +560,7 @@ def one_each(flag: str, source: Source, readers: list[str]):
     return given
 
 
-def places(names: list[str], source: Source):
+def places(names, source: Source):
     """{place: tasks whose rows are read there}; tasks that are made by rule are in none."""
     readers = [name for name in names if name in ANSWERS and (source.data or name not in TASKS)]
     flags = ("data", "prompt_column", "answer_column", "train_split", "test_split", "data_config")
@@ -595,8 +590,8 @@ class Rows(Sequence):
 
     def __getitem__(self, i):
         index = self.chosen[i]
-        ids = self.prepared[index]["ids"]
-        return self.reader(self.table[index], index + 1) | {"ids": ids}
+        row = self.reader(self.table[index], index + 1)
+        return row | {"ids": self.prepared[index]["ids"]}
 
 
 class Split(NamedTuple):
@@ -718,13 +713,13 @@ def prepare(table, indices: list[int], reader, tokenizer, limit: int):
         where = str(raw.get("data_source") or row.get("source", ""))
         task = row.get("task", "")
         question = " ".join(row.get("asked", "").split())  # spaces aside
-        digest = hashlib.sha256(question.encode()).digest()
+        asked = hashlib.sha256(question.encode()).digest()[:8]
         out.append(
             {
                 "source": " ".join(where.split())[:26],
                 "task": task,
                 "dropped": why,
-                "asked": int.from_bytes(digest[:8], signed=True),
+                "asked": int.from_bytes(asked, signed=True),
                 "math": row["answer"] if task == "math" else "",
             }
         )
@@ -741,7 +736,7 @@ def prepare_table(table, reader, tokenizer, limit: int, key: str):
     import datasets
     from filelock import FileLock
 
-    name = digest(table._fingerprint, key, identity(tokenizer), this_code())
+    name = digest(table._fingerprint, key, identity(tokenizer), THIS_CODE)
     folder = Path(datasets.config.HF_DATASETS_CACHE, f"ppo-{name}")
     folder.mkdir(parents=True, exist_ok=True)
     cores = min(32, len(os.sched_getaffinity(0)))
@@ -795,12 +790,12 @@ def unreadable(prepared, progress: bool):
     answers = sorted(a for a in answers if not re.fullmatch(r"-?\d{1,30}", a))
     if not answers:
         return set()
-    ask_all = partial(ask_verifier, answers, progress)
-    return set(remembered("unreadable", ask_all, json.dumps(answers), verifier()))
+    make = partial(ask_verifier, answers, progress)
+    return set(remembered("unreadable", make, json.dumps(answers), verifier()))
 
 
 def open_source(place: Place, wanted: list[str], source: Source, tokenizer, progress: bool):
-    """The splits of a place, prepared: (train, test)."""
+    """The splits of a place, prepared: train, test."""
     limit = source.max_prompt_tokens
     splits = {}
     for name, table in open_tables(place, progress).items():
@@ -814,7 +809,7 @@ def open_source(place: Place, wanted: list[str], source: Source, tokenizer, prog
         splits[name].drop(rows["math"], bad, "answer that cannot be read by the verifier")
     if "test" not in splits:
         splits["test"] = hold_out(splits["train"])
-    return splits["train"], splits["test"]
+    return splits.values()
 
 
 def hold_out(train: Split):
@@ -830,9 +825,7 @@ def hold_out(train: Split):
         for task in set(train.tasks):
             rows = [i for i in every if train.tasks[i] == task]
             asked = {train.asked[i] for i in rows if not train.dropped[i]}
-            chosen = {question for question in asked if question % 50 == 0} or {
-                min(asked, default=0)
-            }
+            chosen = {value for value in asked if value % 50 == 0} or {min(asked, default=0)}
             held_out.update(i for i in rows if train.asked[i] in chosen)
     test = train._replace(name="test", dropped=train.dropped[:])
     test.drop(every, set(every) - held_out, "for training")
@@ -841,7 +834,7 @@ def hold_out(train: Split):
     return test
 
 
-def open_sources(names: list[str], source: Source, tokenizer, progress: bool):
+def open_sources(names, source: Source, tokenizer, progress: bool):
     """[(tasks, train, test), ...] of the sources in files; no training row asks what any test row
     asks."""
     found = places(names, source)
@@ -884,8 +877,10 @@ def no_rows(task: str, split: Split):
         f"data={split.path!r} has no row for task={task}, {split.name}; "
         f"its first row is {split.table[:1]}"
     )
-    fix = "columns can be named: --prompt_column COLUMN --answer_column COLUMN"
-    return ValueError(f"{what:.500}; {fix}\n{split.report()}")
+    return ValueError(
+        f"{what:.500}; columns can be named: --prompt_column COLUMN --answer_column COLUMN\n"
+        f"{split.report()}"
+    )
 
 
 # --------------------------------------------------------------------------------- what a run loads
@@ -940,7 +935,7 @@ def encode_once(prompts, tokenizer):
     if getattr(tokenizer, "backend_tokenizer", None) is None:  # its identity cannot be told
         return encode(prompts, tokenizer)
     make = partial(encode, prompts, tokenizer)
-    return remembered("ids", make, json.dumps(prompts), identity(tokenizer), this_code())
+    return remembered("ids", make, json.dumps(prompts), identity(tokenizer), THIS_CODE)
 
 
 def load(
@@ -953,7 +948,7 @@ def load(
     weights = mixture(source.task)
     reports = []
     in_files = {}
-    for tasks, *splits in open_sources(list(weights), source, tokenizer, progress):
+    for tasks, *splits in open_sources(weights, source, tokenizer, progress):
         reports += [split.report() for split in splits]
         in_files |= dict.fromkeys(tasks, splits)
     train, test = {}, {}
@@ -1106,7 +1101,7 @@ def plan_summary(lengths: list[int], budget: int, ranks: int = 1) -> dict[str, f
 def write_kept(source: Source, tokenizer, out: str):
     """The rows of files that are kept, as train.parquet and validation.parquet in `out`."""
     Path(out).mkdir(parents=True)
-    opened = open_sources(list(mixture(source.task)), source, tokenizer, True)
+    opened = open_sources(mixture(source.task), source, tokenizer, True)
     if len(opened) != 1:
         raise ValueError(
             f"out={out!r}: what is left of one source is written there, and these are {len(opened)}"
