@@ -27,7 +27,7 @@ import random
 import re
 import subprocess
 import sys
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -40,6 +40,7 @@ from typing import Literal, NamedTuple
 
 HERE = Path(__file__).resolve().parent
 Each = tuple[str, ...]  # one for all sources, or one for each
+Prompt = str | list[dict]  # text for a base model, or chat messages
 
 
 @dataclass
@@ -94,7 +95,7 @@ INSTRUCTIONS = {
 }
 
 
-def ask_countdown(numbers: list[int], target: int, template: str) -> str | list[dict]:
+def ask_countdown(numbers: list[int], target: int, template: str) -> Prompt:
     listed = ", ".join(map(str, numbers))
     if template == "chat":
         text = CHAT_COUNTDOWN.format(numbers=listed, target=target)
@@ -102,7 +103,7 @@ def ask_countdown(numbers: list[int], target: int, template: str) -> str | list[
     return BASE_COUNTDOWN.format(numbers=listed, target=target)
 
 
-def instruction(task: str) -> tuple[str, str]:
+def instruction(task: str):
     """The entry of a task in INSTRUCTIONS; ValueError: there is none."""
     name = task.partition(":")[0]
     if name not in INSTRUCTIONS:
@@ -114,7 +115,7 @@ def instruction(task: str) -> tuple[str, str]:
     return INSTRUCTIONS[name]
 
 
-def ask(messages: list[dict], task: str, template: str) -> str | list[dict]:
+def ask(messages: list[dict], task: str, template: str) -> Prompt:
     """Messages with the instruction that the reward of the task needs; for a base model one plain
     text that it can go on with."""
     mark, sentence = instruction(task)
@@ -126,7 +127,7 @@ def ask(messages: list[dict], task: str, template: str) -> str | list[dict]:
     return "\n\n".join(message["content"] for message in messages) + BASE_ENDING
 
 
-def encode(prompts: list[str | list[dict]], tokenizer) -> list[list[int]]:
+def encode(prompts: list[Prompt], tokenizer) -> list[list[int]]:
     """Token ids of the prompts, as engine and trainer get them; the chat template is applied here,
     never in files. ValueError: the template refuses a prompt."""
     if not prompts:
@@ -165,12 +166,12 @@ def cache_folder() -> Path:
     return Path(os.environ.get("HF_DATASETS_CACHE", Path(HF_HOME, "datasets")))
 
 
-def digest(*key: str) -> str:
+def digest(*key):
     """The name of what follows from the key."""
     return hashlib.sha256("\n".join(key).encode()).hexdigest()[:32]
 
 
-def remembered(what: str, make: Callable, *key: str):
+def remembered(what: str, make: Callable, *key):
     """make(), something that JSON can hold, from a file that is named by a hash of the key. Of
     several ranks that start at once the first makes it, and the others wait and read."""
     from filelock import FileLock
@@ -206,7 +207,7 @@ def identity(tokenizer) -> str:
 # -------------------------------------------------------------------------------- rows made by rule
 
 
-def random_value(rng: random.Random, numbers: list[int]) -> Fraction:
+def random_value(rng, numbers):
     """The value of a random expression that uses each number once."""
     values = [Fraction(n) for n in numbers]
     while len(values) > 1:  # combine two of them until one value is left
@@ -225,8 +226,8 @@ def countdown_problems(split, seed, sizes, max_number, count):
     problems = {}
     while len(problems) < count:
         numbers = [rng.randint(1, max_number) for _ in range(rng.choice(sizes))]
-        made_of = hashlib.sha256(repr(sorted(numbers)).encode()).digest()
-        held_out = made_of[0] % 10 == 0  # whatever the seed
+        # one set of numbers in ten, whatever the seed
+        held_out = hashlib.sha256(repr(sorted(numbers)).encode()).digest()[0] % 10 == 0
         if held_out == (split == "test"):
             target = random_value(rng, numbers)
             if target.denominator == 1 and 1 <= target <= 100:
@@ -240,8 +241,7 @@ def countdown(
     """`train` distinct problems, or 1,024 for the test split, with numbers in 1..max_number and a
     whole target in 1..100. Solvable by construction: the target is the value of a random
     expression over the numbers."""
-    count = train if split == "train" else 1_024
-    rule = (split, seed, sizes, max_number, count)
+    rule = (split, seed, sizes, max_number, train if split == "train" else 1_024)
     problems = remembered("countdown", partial(countdown_problems, *rule), repr(rule), THIS_CODE)
     return [
         {
@@ -276,7 +276,7 @@ found = {p["question"]: base64.b64encode(pickle.dumps(p)).decode() for p in prob
 print("\\n" + json.dumps(found))"""
 
 
-def gym_problems(name: str, seed: int, size: int):
+def gym_problems(name, seed, size):
     """{question: problem}, equal on all ranks, whatever the order of sets."""
     done = subprocess.run(
         [sys.executable, "-c", GYM, name, str(seed), str(size)],
@@ -319,19 +319,15 @@ class BadRow(ValueError):
     """Why a row is left out, in words that many rows share."""
 
 
-def need(ok, reason: str):
+def need(ok, reason):
     if not ok:
         raise BadRow(reason)
 
 
-def parse_json(text: str, reason: str):
+def parse_json(text, reason):
     """What a text holds as strict JSON; BadRow: it is none."""
-
-    def refuse(constant: str):  # NaN, Infinity
-        raise BadRow(reason)
-
     try:
-        return json.loads(text, parse_constant=refuse)
+        return json.loads(text, parse_constant=partial(need, False))  # NaN, Infinity
     except (ValueError, RecursionError):
         raise BadRow(reason) from None
 
@@ -381,15 +377,12 @@ def code_answer(given) -> dict:
 
 def countdown_answer(given) -> dict:
     """{"numbers": [int, ...], "target": int} from the same."""
-    absent = "no numbers or no target"
-    need(isinstance(given, dict), absent)
-    numbers = given.get("numbers")
-    target = given.get("target")
-    need(None not in (numbers, target), absent)
-    mistyped = "numbers or target of the wrong type"
-    need(isinstance(numbers, list) and numbers, mistyped)
-    need(all(type(n) is int for n in [*numbers, target]), mistyped)
-    return {"numbers": numbers, "target": target}
+    match given:
+        case {"numbers": numbers, "target": target} if None not in (numbers, target):
+            whole = isinstance(numbers, list) and all(type(n) is int for n in [*numbers, target])
+            need(numbers and whole, "numbers or target of the wrong type")
+            return {"numbers": numbers, "target": target}
+    raise BadRow("no numbers or no target")
 
 
 # task -> answer of a row from what a file gives, or BadRow: the tasks that are read from files
@@ -401,35 +394,35 @@ DEFAULTS = {"math": "PRIME-RL/Eurus-2-RL-Data", "code": "PRIME-RL/Eurus-2-RL-Dat
 
 
 class Place(NamedTuple):
-    """A source, and what the flags say of it; "": nothing."""
+    """What the flags say of a source; "": nothing."""
 
-    path: str
+    data: str
     prompt_column: str
     answer_column: str
     train_split: str
     test_split: str
-    config: str
+    data_config: str
 
 
 PROMPT_COLUMNS = ("prompt", "question", "problem", "instruction")  # the first that there is
 ANSWER_COLUMNS = ("answer", "solution", "final_answer", "ground_truth", "expected_answer")
 
 
-def first(raw: dict, columns: Sequence[str]):
+def first(raw, columns):
     for name in columns:
         if raw.get(name) is not None:
             return raw[name]
     return None
 
 
-def named_task(raw: dict, default: str):
+def named_task(raw, default):
     for name in ("task", "ability"):
         if name in raw:
             return str(raw[name]).lower()
     return default
 
 
-def tinyzero(raw: dict):
+def tinyzero(raw):
     """The problem of a row of Countdown-Tasks-3to4, {"target": 98, "nums": [44, 19, 35]}, or of the
     files that TinyZero makes of it: those have the two as ground truth, and say "ability": "math".
     None: a row of something else."""
@@ -444,7 +437,7 @@ def tinyzero(raw: dict):
     return None
 
 
-def published_answer(raw: dict):
+def published_answer(raw):
     """What a row says of its answer, for the function in ANSWERS."""
     match raw:
         # Eurus-2-RL-Data of PRIME, and whatever has veRL's schema
@@ -456,7 +449,7 @@ def published_answer(raw: dict):
     return first(raw, ANSWER_COLUMNS)
 
 
-def parse_line(raw: dict):
+def parse_line(raw):
     """A row of a file; that of a JSONL file comes as {"text": line}."""
     if list(raw) != ["text"]:
         return raw
@@ -488,9 +481,7 @@ def conversation(prompt):
     raise BadRow("no question in the prompt")
 
 
-def read(
-    raw: dict, number: int, split: str, wanted: list[str], place: Place, source: Source
-) -> dict:
+def read(raw, number, split, wanted, place: Place, source: Source):
     """A row of ours from row `number` of a file, in any of the published schemas; BadRow when there
     is none in it."""
     raw = parse_line(raw)
@@ -546,7 +537,7 @@ CONFIGS = {"openai/gsm8k": "main"}  # of the hub, by default
 HELD_OUT = ("validation", "test", "val", "dev")  # the split to evaluate on, the first that there is
 
 
-def one_each(flag: str, source: Source, readers: list[str]):
+def one_each(flag, source: Source, readers):
     """What a flag says of the source of each task in `readers`: nothing, the same of all, or of
     each its own."""
     given = getattr(source, flag)
@@ -563,15 +554,15 @@ def one_each(flag: str, source: Source, readers: list[str]):
 def places(names, source: Source):
     """{place: tasks whose rows are read there}; tasks that are made by rule are in none."""
     readers = [name for name in names if name in ANSWERS and (source.data or name not in TASKS)]
-    flags = ("data", "prompt_column", "answer_column", "train_split", "test_split", "data_config")
+    said = [one_each(flag, source, readers) for flag in Place._fields]
     found = {}
-    for name, path, *said in zip(readers, *(one_each(flag, source, readers) for flag in flags)):
-        path = path or DEFAULTS.get(name)
-        if not path:
+    for name, where, *more in zip(readers, *said):
+        where = where or DEFAULTS.get(name)
+        if not where:
             raise ValueError(
                 f"task={source.task!r}: rows of {name} are in a file: say which, --data"
             )
-        found.setdefault(Place(path, *said), []).append(name)
+        found.setdefault(Place(where, *more), []).append(name)
     return found
 
 
@@ -579,13 +570,13 @@ class Rows(Sequence):
     """Rows of one file or several, read when asked for: tests of programs come to gigabytes and
     stay on disk."""
 
-    def __init__(self, table, prepared, reader, chosen: list[int]):
+    def __init__(self, table, prepared, reader, chosen):
         self.table = table
         self.prepared = prepared
         self.reader = reader
         self.chosen = chosen
 
-    def __len__(self) -> int:
+    def __len__(self):
         return len(self.chosen)
 
     def __getitem__(self, i):
@@ -606,23 +597,24 @@ class Split(NamedTuple):
     asked: list[int]  # a hash of the question
     dropped: list[str]  # why a row is left out, or ""
 
-    def rows(self, task: str) -> Rows:
-        both = zip(self.tasks, self.dropped)
-        chosen = [i for i, (of, why) in enumerate(both) if of == task and not why]
+    def rows(self, task):
+        rows = zip(self.tasks, self.dropped)
+        chosen = [i for i, row in enumerate(rows) if row == (task, "")]
         return Rows(self.table, self.prepared, self.reader, chosen)
 
-    def drop(self, values, bad, why: str):
+    def drop(self, values, bad, why):
         """Leaves out the rows whose value, of one for each row, is in `bad`."""
         for i, value in enumerate(values):
             if value in bad and not self.dropped[i]:
                 self.dropped[i] = why
 
-    def report(self) -> str:
+    def report(self):
         """Rows, kept and dropped, of every data_source; and how many for which reason, with the
         first of them."""
-        counts, first_row = {}, {}
+        counts = defaultdict(Counter)
+        first_row = {}
         for number, (where, why) in enumerate(zip(self.prepared["source"], self.dropped), 1):
-            counts.setdefault(where, Counter())[why] += 1
+            counts[where][why] += 1
             first_row.setdefault((where, why), number)
         lines = [f"{self.path}, {self.name}:".ljust(28) + "      rows      kept   dropped"]
         for where, count in sorted(counts.items()):
@@ -651,7 +643,7 @@ def files_of(place: Place, where: Path):
     return files
 
 
-def open_tables(place: Place, progress: bool):
+def open_tables(place: Place, progress):
     """{"train": table, perhaps "test": table} of a file, a folder of files or a hub id, with the
     rows on disk."""
     import datasets
@@ -660,7 +652,7 @@ def open_tables(place: Place, progress: bool):
         datasets.enable_progress_bars()
     else:
         datasets.disable_progress_bars()
-    where = Path(place.path).expanduser()
+    where = Path(place.data).expanduser()
     tables = {}
     try:
         files = files_of(place, where)
@@ -673,23 +665,23 @@ def open_tables(place: Place, progress: bool):
                     part = datasets.concatenate_datasets([tables[split], part])
                 tables[split] = part
         if "train" not in files:
-            config = place.config or CONFIGS.get(place.path)
-            tables |= dict(datasets.load_dataset(place.path, config))
+            config = place.data_config or CONFIGS.get(place.data)
+            tables |= datasets.load_dataset(place.data, config)
     except Exception as error:  # the libraries below raise a dozen kinds
         raise ValueError(
-            f"data={place.path!r}: no file here, no hub id in reach, or {where} is damaged: {error}"
+            f"data={place.data!r}: no file here, no hub id in reach, or {where} is damaged: {error}"
         ) from error
     return choose_splits(place, tables)
 
 
-def choose_splits(place: Place, tables: dict):
+def choose_splits(place: Place, tables):
     train = place.train_split or "train"
     held_out = (name for name in HELD_OUT if name in tables and name != train)
     names = {"train": train, "test": place.test_split or next(held_out, "")}
     for name in names.values():
         if name and name not in tables:
             raise ValueError(
-                f"data={place.path!r} has {sorted(tables)}, no {name!r}: say which, "
+                f"data={place.data!r} has {sorted(tables)}, no {name!r}: say which, "
                 "--train_split NAME --test_split NAME"
             )
     return {split: tables[name] for split, name in names.items() if name}
@@ -698,7 +690,7 @@ def choose_splits(place: Place, tables: dict):
 # --------------------------------------------------------------------- which rows of files are kept
 
 
-def prepare(table, indices: list[int], reader, tokenizer, limit: int):
+def prepare(table, indices, reader, tokenizer, limit):
     """Of a batch of rows: what they are and their ids, or why they are left out."""
     out, prompts = [], []
     for i, index in enumerate(indices):
@@ -731,7 +723,7 @@ def prepare(table, indices: list[int], reader, tokenizer, limit: int):
     return {name: [row[name] for row in out] for name in out[0]}
 
 
-def prepare_table(table, reader, tokenizer, limit: int, key: str):
+def prepare_table(table, reader, tokenizer, limit, key):
     """What `prepare` makes of every row of a table; made once on a machine."""
     import datasets
     from filelock import FileLock
@@ -769,7 +761,7 @@ def verifier():
     return "\n".join([*parts, version("math-verify"), version("sympy")])
 
 
-def ask_verifier(answers: list[str], progress: bool):
+def ask_verifier(answers, progress):
     """Those of the answers that the program rewards.py cannot read; it may use all cores."""
     program = [sys.executable, HERE / "rewards.py", "readable"]
     if progress:
@@ -784,7 +776,7 @@ def ask_verifier(answers: list[str], progress: bool):
     return [answer for answer, ok in zip(answers, json.loads(said)) if not ok]
 
 
-def unreadable(prepared, progress: bool):
+def unreadable(prepared, progress):
     """Math answers of the rows that the verifier cannot read; asked once on a machine."""
     answers = {a for a, why in zip(prepared["math"], prepared["dropped"]) if a and not why}
     answers = sorted(a for a in answers if not re.fullmatch(r"-?\d{1,30}", a))
@@ -794,17 +786,19 @@ def unreadable(prepared, progress: bool):
     return set(remembered("unreadable", make, json.dumps(answers), verifier()))
 
 
-def open_source(place: Place, wanted: list[str], source: Source, tokenizer, progress: bool):
+def open_source(place: Place, wanted, source: Source, tokenizer, progress):
     """The splits of a place, prepared: train, test."""
     limit = source.max_prompt_tokens
     splits = {}
     for name, table in open_tables(place, progress).items():
         reader = partial(read, split=name, wanted=wanted, place=place, source=source)
-        columns = f"{place.prompt_column!r} {place.answer_column!r}"
-        key = f"{wanted} {columns} {source.template} {source.system_prompt} {limit} {name}"
+        key = (
+            f"{wanted} {place.prompt_column!r} {place.answer_column!r} "
+            f"{source.template} {source.system_prompt} {limit} {name}"
+        )
         rows = prepare_table(table, reader, tokenizer, limit, key)
         of_rows = [rows[column][:] for column in ("task", "asked", "dropped")]
-        splits[name] = Split(place.path, name, table, rows, reader, *of_rows)
+        splits[name] = Split(place.data, name, table, rows, reader, *of_rows)
         bad = unreadable(rows, progress)
         splits[name].drop(rows["math"], bad, "answer that cannot be read by the verifier")
     if "test" not in splits:
@@ -834,7 +828,7 @@ def hold_out(train: Split):
     return test
 
 
-def open_sources(names, source: Source, tokenizer, progress: bool):
+def open_sources(names, source: Source, tokenizer, progress):
     """[(tasks, train, test), ...] of the sources in files; no training row asks what any test row
     asks."""
     found = places(names, source)
@@ -851,9 +845,9 @@ def open_sources(names, source: Source, tokenizer, progress: bool):
     opened = []
     for place, tasks in found.items():
         opened.append((tasks, *open_source(place, tasks, source, tokenizer, progress)))
-    seen = set()
-    for _, _, test in opened:
-        seen.update(asked for asked, why in zip(test.asked, test.dropped) if not why)
+    seen = {
+        asked for _, _, test in opened for asked, why in zip(test.asked, test.dropped) if not why
+    }
     for _, train, _ in opened:
         train.drop(train.asked, seen, "also in the test split")
     for tasks, *splits in opened:
@@ -863,7 +857,7 @@ def open_sources(names, source: Source, tokenizer, progress: bool):
     return opened
 
 
-def check_template(template: str, tokenizer):
+def check_template(template, tokenizer):
     has = "no" if tokenizer.chat_template is None else "a"
     if template != "base" and (template, has) != ("chat", "a"):
         raise ValueError(
@@ -872,7 +866,7 @@ def check_template(template: str, tokenizer):
         )
 
 
-def no_rows(task: str, split: Split):
+def no_rows(task, split: Split):
     what = (
         f"data={split.path!r} has no row for task={task}, {split.name}; "
         f"its first row is {split.table[:1]}"
@@ -912,21 +906,20 @@ def mixture(text: str) -> dict[str, Fraction | None]:
     return weights
 
 
-def rows_by_rule(task: str, source: Source, tokenizer, seed: int, eval_rows: int):
+def rows_by_rule(task, source: Source, tokenizer, seed, eval_rows):
     """(training rows, test rows) of a task that needs no file."""
     make = TASKS.get(task) or partial(gym, task.removeprefix("rg:"))
     train = make("train", seed, source.template)
     test = make("test", seed, source.template)[:eval_rows]
-    rows = train + test
-    if not tokenizer:
-        return train, test
-    for row, ids in zip(rows, encode_once([row["prompt"] for row in rows], tokenizer)):
-        if not 0 < len(ids) <= source.max_prompt_tokens:
-            raise ValueError(
-                f"row {row['id']}: its prompt has {len(ids)} tokens, allowed are 1 to "
-                f"max_prompt_tokens={source.max_prompt_tokens}: raise --max_prompt_tokens"
-            )
-        row["ids"] = ids
+    if tokenizer:
+        rows = train + test
+        for row, ids in zip(rows, encode_once([row["prompt"] for row in rows], tokenizer)):
+            if not 0 < len(ids) <= source.max_prompt_tokens:
+                raise ValueError(
+                    f"row {row['id']}: its prompt has {len(ids)} tokens, allowed are 1 to "
+                    f"max_prompt_tokens={source.max_prompt_tokens}: raise --max_prompt_tokens"
+                )
+            row["ids"] = ids
     return train, test
 
 
@@ -967,20 +960,19 @@ def load(
 
 
 @lru_cache(maxsize=16)
-def order(count: int, epoch: int, seed: int):
+def order(count, epoch, seed):
     places_of_rows = list(range(count))
     random.Random(f"epoch {epoch} {seed}").shuffle(places_of_rows)
     return places_of_rows
 
 
-def drawn(total: int, weights: dict):
+def drawn(total, weights):
     """How many of a run's first `total` rows come from each task: its share, to within the number
     of tasks."""
     weight_left = sum(map(Fraction, weights.values()))
     counts = {}
     for name, weight in weights.items():
-        share = Fraction(weight) / weight_left
-        counts[name] = int(total * share)
+        counts[name] = int(total * Fraction(weight) / weight_left)
         total -= counts[name]
         weight_left -= Fraction(weight)
     return counts
@@ -1010,11 +1002,11 @@ def batch(
 # ----------------------------------------------------------------------- token-budget micro-batches
 
 
-def cost(length: int, quadratic: float = 1 / 8192) -> float:
+def cost(length: int) -> float:
     """Relative cost of one sequence in a forward pass: the matmuls grow with L, attention with L^2.
-    The default makes both equal at 8,192 tokens, about right for a 1.5B model (12 D^2 against 2 L D
-    a layer and token, D = 1536)."""
-    return length + quadratic * length * length
+    Both are equal at 8,192 tokens, about right for a 1.5B model (12 D^2 against 2 L D a layer and
+    token, D = 1536)."""
+    return length + length * length / 8192
 
 
 def plan_microbatches(lengths: list[int], budget: int, ranks: int = 1) -> list[list[list[int]]]:
@@ -1098,7 +1090,7 @@ def plan_summary(lengths: list[int], budget: int, ranks: int = 1) -> dict[str, f
 # ----------------------------------------------------------------------------------- python data.py
 
 
-def write_kept(source: Source, tokenizer, out: str):
+def write_kept(source: Source, tokenizer, out):
     """The rows of files that are kept, as train.parquet and validation.parquet in `out`."""
     Path(out).mkdir(parents=True)
     opened = open_sources(mixture(source.task), source, tokenizer, True)
@@ -1138,7 +1130,7 @@ def look(source: Source = GENERATED, show: int = 3, model: str = "", out: str = 
             print(f"{row['id']} ({row['task']}, {count} tokens), answer {answer:.300}\n{text}\n")
 
 
-def main(arguments: list[str]):
+def main(arguments):
     import tyro
 
     if arguments[:1] == ["eurus"]:  # the rows of the reference run
