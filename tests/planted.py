@@ -597,8 +597,8 @@ BUGS = [
     Bug(
         "unsolvable",
         "data.py",
-        "problems.append([numbers, int(target)])",
-        "problems.append([numbers, int(target) + 1])",
+        "[numbers, int(target)])",
+        "[numbers, int(target) + 1])",
         DATA,
     ),
     Bug("epochs-alike", "data.py", 'f"epoch {epoch} {seed}"', 'f"epoch {seed}"', DATA),
@@ -606,15 +606,15 @@ BUGS = [
     Bug(
         "budget-soft",
         "data.py",
-        "if free >= lengths[i]:\n                bins",
-        "if free >= lengths[i] - 1:\n                bins",
+        "if free >= lengths[i])\n        bins",
+        "if free >= lengths[i] - 1)\n        bins",
         PACKING,
     ),
     Bug(
         "budget-soft-when-even",
         "data.py",
-        "if free >= lengths[i]:\n                longer",
-        "if free >= lengths[i] - 1:\n                longer",
+        "if free >= lengths[i]\n        ]",
+        "if free >= lengths[i] - 1\n        ]",
         PACKING,
     ),
     Bug(
@@ -627,13 +627,11 @@ BUGS = [
     Bug(
         "ranks-unequal",
         "data.py",
-        "            plan[rank].append(deal[rank])",
-        "            if deal[rank]:\n                plan[rank].append(deal[rank])",
+        "[list(rank) for rank in zip(*deals)]",
+        "[[indices for indices in rank if indices] for rank in zip(*deals)]",
         PACKING,
     ),
-    Bug(
-        "dear-bins-to-rank-0", "data.py", "            deal.reverse()", "            pass", PACKING
-    ),
+    Bug("dear-bins-to-rank-0", "data.py", "        deal.reverse()", "        pass", PACKING),
     Bug(
         "rounds-of-unlike-bins",
         "data.py",
@@ -645,8 +643,8 @@ BUGS = [
     Bug(
         "rounds-all-alike",
         "data.py",
-        "longer = max(0.0, load[k] + work - slowest[k // ranks])",
-        "longer = 0.0",
+        "max(0.0, load[k] + work - slowest[k // ranks])",
+        "0.0",
         PACKING,
     ),
     Bug(
@@ -666,15 +664,15 @@ BUGS = [
     Bug(
         "summary-without-waiting",
         "data.py",
-        "waiting = sum(max(costs) for costs in zip(*load))",
-        "waiting = max(sum(costs) for costs in load)",
+        "waiting = sum(map(max, zip(*load)))",
+        "waiting = max(map(sum, load))",
         PACKING,
     ),
     Bug(
         "chat-without-generation-prompt",
         "data.py",
-        '"add_generation_prompt": True',
-        '"add_generation_prompt": False',
+        "add_generation_prompt=True",
+        "add_generation_prompt=False",
         DATA + SOURCES,
     ),
     Bug("long-prompt-passes", "data.py", "len(ids) > limit:", "len(ids) > limit + 1:", SOURCES),
@@ -695,8 +693,8 @@ BUGS = [
     Bug(
         "leak-into-the-test-split",
         "data.py",
-        '                one.train.dropped[i] = "also in the test split"',
-        "                pass",
+        'train.drop(train.asked, seen, "also in the test split")',
+        "pass",
         SOURCES,
     ),
     Bug(
@@ -709,7 +707,7 @@ BUGS = [
     Bug(
         "unreadable-answers-pass",
         "data.py",
-        'dropped[i] = "answer that cannot be read by the verifier"',
+        'splits[name].drop(rows["math"], bad, "answer that cannot be read by the verifier")',
         "pass",
         SOURCES,
     ),
@@ -720,7 +718,7 @@ BUGS = [
     Bug(
         "weights-by-rounding-each",
         "data.py",
-        "        rows_left -= counts[name]\n        weight_left -= share\n",
+        "        total -= counts[name]\n        weight_left -= Fraction(weight)\n",
         "",
         ("test_batch.py",),
     ),
