@@ -122,7 +122,8 @@ SECTIONS = [
         [
             Panel(
                 "seconds of a step, by phase",
-                "time/sample time/reward time/forward time/advantage time/update time/sync time/report time/save",
+                "time/sample time/reward time/forward time/advantage "
+                "time/update time/sync time/report time/save",
                 stack=True,
             )
         ],
@@ -250,7 +251,7 @@ def thin(rows: list[dict], points: int) -> dict:
 # ---- samples
 
 
-def read_samples(file: Path, budget: int) -> tuple[list[dict], int]:
+def read_samples(file: Path, budget: int):
     """(samples, how many there are). The file of a long run is larger than memory: only the chosen
     lines are parsed."""
     if not file.exists():
@@ -315,7 +316,7 @@ def compact(row: dict) -> dict:
     return sample
 
 
-def compact_prompt(prompt) -> str | list[list[str]]:
+def compact_prompt(prompt):
     """Text, or [role, text] of each message."""
     if not isinstance(prompt, list):
         return clip(str(prompt))
@@ -369,7 +370,7 @@ def configuration(config: dict) -> dict:
     return same
 
 
-def group_runs(runs: list[dict]) -> list[dict]:
+def group_runs(runs: list[dict]):
     """[{name, runs: places}]: runs that differ in nothing but their seed are one group."""
     groups = {}  # configuration -> places of its runs
     for place, run in enumerate(runs):
@@ -386,9 +387,9 @@ def group_runs(runs: list[dict]) -> list[dict]:
     return named
 
 
-def filled_sections(runs: list[dict]) -> tuple[list[Section], list[str]]:
+def filled_sections(runs: list[dict]):
     """(sections and panels that have something to show, with their keys; keys that are in none)."""
-    keys = sorted(set().union(*(run["curves"] for run in runs)))
+    keys = set().union(*(run["curves"] for run in runs))
     used = {"time/step"}
     sections = []
     for section in SECTIONS:
@@ -396,13 +397,13 @@ def filled_sections(runs: list[dict]) -> tuple[list[Section], list[str]]:
         for panel in section.panels:
             matching = []
             for pattern in panel.keys.split():
-                matching += [key for key in keys if re.fullmatch(pattern, key)]
+                matching += [key for key in sorted(keys) if re.fullmatch(pattern, key)]
             if matching:
                 panels.append(replace(panel, keys=matching))
                 used.update(matching)
         if panels:
             sections.append(replace(section, panels=panels))
-    return sections, [key for key in keys if key not in used]
+    return sections, sorted(keys - used)
 
 
 def summary(run: dict) -> dict:
@@ -425,14 +426,11 @@ def summary(run: dict) -> dict:
     }
 
 
-def differences(configs: list[dict]) -> list[list[str]]:
+def differences(configs: list[dict]):
     """[flag, its value in each configuration] of the flags in which they differ."""
-    found = []
-    for flag in sorted(set().union(*configs)):
-        values = [str(config.get(flag)) for config in configs]
-        if len(set(values)) > 1:
-            found.append([flag, *values])
-    return found
+    flags = sorted(set().union(*configs))
+    table = [[flag, *(str(config.get(flag)) for config in configs)] for flag in flags]
+    return [row for row in table if len(set(row[1:])) > 1]
 
 
 # ---- the page
@@ -470,14 +468,14 @@ def build(runs: list[dict], watch: int = 0) -> str:
     for tag in ("style", "script"):
         content = re.search(f"<{tag}>(.*?)</{tag}>", page, re.DOTALL)[1]
         digest = base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
-        page = page.replace(f"@{tag.upper()}_HASH@", digest)
+        page = page.replace(f"@{tag}_hash@", digest)
     return page.replace("@DATA@", encode(data))  # last: nothing looks for a placeholder in it
 
 
 # ---- PNGs
 
 
-def running_means(run: dict, key: str, weight: float) -> dict[int, float]:
+def running_means(run: dict, key: str, weight: float):
     """Step -> mean with exponentially falling weights, corrected for its start at 0."""
     means = {}
     mean = 0.0
@@ -490,7 +488,7 @@ def running_means(run: dict, key: str, weight: float) -> dict[int, float]:
     return means
 
 
-def band(members: list[dict], key: str, weight: float) -> list[tuple]:
+def band(members: list[dict], key: str, weight: float):
     """(step, mean, min, max over the runs) at the steps that all runs with this key have, of
     running means; evaluations as they are."""
     if key.startswith("eval/"):
@@ -523,23 +521,21 @@ def draw(runs: list[dict], folder: Path, weight: float) -> list[Path]:
 def draw_section(section: Section, groups: list[dict], weight: float):
     from matplotlib.figure import Figure
 
-    drawings = []  # (panel, the groups in it)
+    drawings = []  # (how, panel, the groups in it)
     for panel in section.panels:
         if panel.stack:
-            drawings += [(panel, [group]) for group in groups]
+            drawings += [(draw_stack, panel, [group]) for group in groups]
         else:
-            drawings.append((panel, groups))
+            drawings.append((draw_lines, panel, groups))
     down = math.ceil(len(drawings) / 2)
     across = min(2, len(drawings))
     figure = Figure(figsize=(5.5 * across, 3.1 * down))
-    for place, (panel, shown) in enumerate(drawings, 1):
+    for place, (draw_curves, panel, shown) in enumerate(drawings, 1):
         axis = figure.add_subplot(down, across, place)
-        title = panel.title
-        if len(shown) < len(groups):
-            title += f", {shown[0]['name']}"
-        draw_curves = draw_stack if panel.stack else draw_lines
         draw_curves(axis, panel, shown, weight)
-        finish(axis, panel, title)
+        finish(axis, panel)
+        if len(shown) < len(groups):
+            axis.set_title(f"{panel.title}, {shown[0]['name']}")
     figure.suptitle(", ".join(group["name"] for group in groups), fontsize=10)
     figure.tight_layout()
     return figure
@@ -563,9 +559,14 @@ def draw_lines(axis, panel: Panel, groups: list[dict], weight: float):
             colour = COLOURS[place % len(COLOURS)]
             dash = DASHES[k % len(DASHES)].split()
             style = (0, list(map(float, dash))) if dash else "-"
-            marker = "o" if key.startswith("eval/") else None
             axis.plot(
-                steps, mean, label=", ".join(label), color=colour, ls=style, marker=marker, ms=4
+                steps,
+                mean,
+                label=", ".join(label),
+                color=colour,
+                ls=style,
+                marker="o" if key.startswith("eval/") else None,
+                ms=4,
             )
             axis.fill_between(steps, least, largest, alpha=0.18, linewidth=0, color=colour)
 
@@ -581,8 +582,8 @@ def draw_stack(axis, panel: Panel, groups: list[dict], weight: float):
     axis.stackplot(steps, heights, labels=labels, colors=COLOURS)
 
 
-def finish(axis, panel: Panel, title: str):
-    axis.set(title=title, xlabel="PPO step")
+def finish(axis, panel: Panel):
+    axis.set(title=panel.title, xlabel="PPO step")
     if panel.log:
         axis.set_yscale("log")
     if panel.low is not None:
@@ -597,7 +598,7 @@ def finish(axis, panel: Panel, title: str):
 # ---- the command line
 
 
-def write(args: argparse.Namespace, watch: int) -> None:
+def write(args: argparse.Namespace, watch: int):
     """The page, the PNGs, and what is said of them."""
     count = len(args.runs)
     points = max(1, min(CURVE_POINTS, 8 * CURVE_POINTS // count))
@@ -619,18 +620,16 @@ def write(args: argparse.Namespace, watch: int) -> None:
     print(f"report: {args.out}", flush=True)
 
 
-def stamps(folders: list[Path]) -> list[tuple]:
-    """What changes when a run goes on."""
+def stamps(folders: list[Path]):
+    """What changes when a run goes on: times and sizes of its files."""
     found = []
     for folder in folders:
-        for name in ("metrics.jsonl", "samples.jsonl"):
-            if (folder / name).exists():
-                stat = (folder / name).stat()
-                found.append((stat.st_mtime_ns, stat.st_size))
+        for file in folder.glob("*.jsonl"):
+            found.append((file.stat().st_mtime_ns, file.stat().st_size))
     return found
 
 
-def watch_runs(args: argparse.Namespace) -> None:
+def watch_runs(args: argparse.Namespace):
     """Writes again whenever a run has gone on, until Ctrl-C; then a page that no longer reloads."""
     try:
         seen = None
