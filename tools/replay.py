@@ -37,7 +37,7 @@ class Replay:
     def __init__(self, ranks: dist.Ranks):
         self.ranks = ranks
         self.meter = dist.Meter()
-        self.faults: list[str] = []
+        self.faults = []
 
     def progress(self, items):
         return items
@@ -61,55 +61,28 @@ def main(file: Path) -> int:
     run = Replay(ranks)
     run.say(f"it had ended with: {record['error']}")
 
-    batch = read_batch(record["batch"], accelerator.device)
-    tensors = {name: x for name, x in vars(batch).items() if torch.is_tensor(x)}
+    batch = record["batch"]
+    tensors = {name: x.to(accelerator.device) for name, x in batch.items() if torch.is_tensor(x)}
     run.check_finite(batch, **tensors)
     if record["update"]:
+        samples = [rollout.Sample(*sample) for sample in batch["samples"]]
+        batch = ppo.Batch(**batch | tensors | {"samples": samples})
         do_update(record["update"], batch, args, accelerator, file.parent, run)
 
-    for fault in run.faults:
+    for fault in run.faults or ["every number is finite"]:
         run.say(f"once more: {fault}")
-    if not run.faults:
-        run.say("once more: every number is finite")
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
     return int(bool(run.faults))
 
 
-def read_batch(plain: dict, device: torch.device) -> ppo.Batch:
-    """The way back from Batch.plain."""
-    parts = dict(plain)
-    parts["samples"] = [rollout.Sample(*sample) for sample in plain["samples"]]
-    for name, x in plain.items():
-        if torch.is_tensor(x):
-            parts[name] = x.to(device)
-    return ppo.Batch(**parts)
-
-
 def do_update(
     update: dict, batch: ppo.Batch, args: ppo.Args, accelerator, folder: Path, run: Replay
-) -> None:
+):
     """`update` as ppo.take_step recorded it; `folder` has the weights and moments."""
     name, lr, chosen = update["model"], update["lr"], update["chosen"]
     model_type = AutoConfig.from_pretrained(folder / "policy").model_type
     kernels.setup(model_type, False, args.bf16, args.attention)
-    trained = load(name, folder, args, accelerator)
-    if name == "policy":
-        ppo.update_policy(trained, lr, batch, chosen, args, run)
-    else:
-        ppo.update_critic(trained, lr, batch, chosen, args, run)
-    norm, _ = run.meter.pairs[f"{name}/grad_norm"].tolist()
-    run.say(f"update of the {name} with {len(chosen)} responses, lr {lr}: gradient norm {norm!r}")
-    weights = {}
-    for key, p in trained.model.named_parameters():
-        weights[f"{name}'s {key}"] = p
-        if isinstance(p, DTensor):
-            weights[f"{name}'s {key}"] = p.to_local()
-    run.check_finite(batch, **weights)
-
-
-def load(name: str, folder: Path, args: ppo.Args, accelerator) -> Trained:
-    """The model and its optimizer, as ppo.load_models makes them."""
     options = {
         "accelerator": accelerator,
         "attention": args.attention,
@@ -118,11 +91,19 @@ def load(name: str, folder: Path, args: ppo.Args, accelerator) -> Trained:
     }
     if name == "policy":
         model = models.load_policy(folder / name, kernels.LogprobHead, **options)
+        update_model = ppo.update_policy
     else:
         model = models.load_critic(folder / name, **options)
+        update_model = ppo.update_critic
     trained = Trained(model, ppo.make_optimizer(model))
     checkpoint.load_moments(folder, {name: trained})
-    return trained
+    update_model(trained, lr, batch, chosen, args, run)
+    norm, _ = run.meter.pairs[f"{name}/grad_norm"].tolist()
+    run.say(f"update of the {name} with {len(chosen)} responses, lr {lr}: gradient norm {norm!r}")
+    weights = {}
+    for key, p in model.named_parameters():
+        weights[f"{name}'s {key}"] = p.to_local() if isinstance(p, DTensor) else p
+    run.check_finite(batch, **weights)
 
 
 if __name__ == "__main__":
