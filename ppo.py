@@ -481,11 +481,9 @@ class Batch(Answers):
 
 def make_batch(answers: Answers, device: torch.device) -> Batch:
     prompts = [row["ids"] for row in answers.rows]
-    ids, mask, engine_logprobs, lengths = rollout.collate(prompts, answers.samples, device)
-    watchdog.saw_length(max(lengths))
-    return Batch(
-        **vars(answers), ids=ids, mask=mask, engine_logprobs=engine_logprobs, lengths=lengths
-    )
+    collated = rollout.collate(prompts, answers.samples, device)
+    watchdog.saw_length(max(collated.lengths))
+    return Batch(**vars(answers), **collated._asdict())
 
 
 def add_scores(batch: Batch) -> None:

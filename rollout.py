@@ -45,7 +45,7 @@ class Rollout(NamedTuple):
     ids: Tensor  # (B, T) long: prompt + response, right-padded with 0
     # (B, T) bool: the policy chose this token; EOS included. Made from lengths, never from ids
     mask: Tensor
-    sampler_logprobs: Tensor  # (B, T) fp32, 0 outside the mask
+    engine_logprobs: Tensor  # (B, T) fp32, 0 outside the mask
     lengths: list[int]  # B, prompt + response
 
 
