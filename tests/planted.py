@@ -347,8 +347,8 @@ BUGS = [
     Bug(
         "refill-keeps-the-first",
         "ppo.py",
-        "(teaching + rest)[: args.prompts_per_step]",
-        "groups[: args.prompts_per_step]",
+        "    groups.sort(key=Answers.teaches, reverse=True)  # stable: each kind stays in its order\n",
+        "",
         CHOICES,
     ),
     Bug(
