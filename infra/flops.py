@@ -90,8 +90,10 @@ def utilisation(
     for model, count in passes.items():
         update += 3 * count * forward_flops(model, fed, responses)
     rate = update / mine["time/update"] / len(times)
-    phases = [name for name in mine if name.startswith("perf/")]
-    memory = {name: max(of_rank[name] for of_rank in times) for name in phases}
+    memory = {}
+    for name in mine:
+        if name.startswith("perf/"):
+            memory[name] = max(of_rank[name] for of_rank in times)
     return memory | {
         "perf/peak_gb": max(memory.values()),
         "perf/tflops": rate / 1e12,

@@ -899,8 +899,8 @@ BUGS = [
     Bug(
         "replay-of-all-responses",
         "tools/replay.py",
-        "update_model(trained, lr, batch, chosen, args, run)",
-        "update_model(trained, lr, batch, range(len(batch.rows)), args, run)",
+        "lr, batch, chosen, args, run)\n    else",
+        "lr, batch, range(len(batch.rows)), args, run)\n    else",
         GUARDS,
     ),
     Bug(

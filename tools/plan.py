@@ -205,7 +205,9 @@ def embedding_bytes(job: Job) -> int:
 
 def gathered_head(job: Job) -> int:
     """FSDP2 keeps it gathered from a forward to its backward, or until `reshard`."""
-    return embedding_bytes(job) if job.sharded else 0
+    if job.sharded:
+        return embedding_bytes(job)
+    return 0
 
 
 def logits_bytes(job: Job) -> int:

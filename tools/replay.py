@@ -83,6 +83,21 @@ def do_update(
     name, lr, chosen = update["model"], update["lr"], update["chosen"]
     model_type = AutoConfig.from_pretrained(folder / "policy").model_type
     kernels.setup(model_type, False, args.bf16, args.attention)
+    trained = load(name, folder, args, accelerator)
+    if name == "policy":
+        ppo.update_policy(trained, lr, batch, chosen, args, run)
+    else:
+        ppo.update_critic(trained, lr, batch, chosen, args, run)
+    norm, _ = run.meter.pairs[f"{name}/grad_norm"].tolist()
+    run.say(f"update of the {name} with {len(chosen)} responses, lr {lr}: gradient norm {norm!r}")
+    weights = {}
+    for key, p in trained.model.named_parameters():
+        weights[f"{name}'s {key}"] = p.to_local() if isinstance(p, DTensor) else p
+    run.check_finite(batch, **weights)
+
+
+def load(name: str, folder: Path, args: ppo.Args, accelerator) -> Trained:
+    """The model and its optimizer, as ppo.load_models makes them."""
     options = {
         "accelerator": accelerator,
         "attention": args.attention,
@@ -91,19 +106,11 @@ def do_update(
     }
     if name == "policy":
         model = models.load_policy(folder / name, kernels.LogprobHead, **options)
-        update_model = ppo.update_policy
     else:
         model = models.load_critic(folder / name, **options)
-        update_model = ppo.update_critic
     trained = Trained(model, ppo.make_optimizer(model))
     checkpoint.load_moments(folder, {name: trained})
-    update_model(trained, lr, batch, chosen, args, run)
-    norm, _ = run.meter.pairs[f"{name}/grad_norm"].tolist()
-    run.say(f"update of the {name} with {len(chosen)} responses, lr {lr}: gradient norm {norm!r}")
-    weights = {}
-    for key, p in model.named_parameters():
-        weights[f"{name}'s {key}"] = p.to_local() if isinstance(p, DTensor) else p
-    run.check_finite(batch, **weights)
+    return trained
 
 
 if __name__ == "__main__":
