@@ -340,15 +340,15 @@ BUGS = [
     Bug(
         "infra-is-unlike",
         "ppo.py",
-        ' if result["status"] != "infra"]\n        return len',
-        "]\n        return len",
+        ' if result["status"] != "infra"}\n        return len',
+        "}\n        return len",
         CHOICES,
     ),
     Bug(
         "refill-keeps-the-first",
         "ppo.py",
-        "(teaching + rest)[: args.prompts_per_step]",
-        "groups[: args.prompts_per_step]",
+        "    groups.sort(key=Answers.teaches, reverse=True)",
+        "    pass",
         CHOICES,
     ),
     Bug(
