@@ -46,6 +46,7 @@ import zlib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, make_dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from statistics import fmean
 from typing import Literal
@@ -175,30 +176,28 @@ class Args(rewards.Rules, PPOFlags, SamplingFlags, data.Source, ModelFlags, RunF
     """Every knob, flat. Sizes are global; derived sizes are properties, printed, never accepted."""
 
     @property
-    def batch_size(self) -> int:
+    def batch_size(self):
         return self.prompts_per_step * self.samples_per_prompt
 
     @property
-    def minibatch(self) -> int:
+    def minibatch(self):
         return self.minibatch_size or self.batch_size
 
     @property
-    def eval_only(self) -> bool:
+    def eval_only(self):
         return self.steps == 0 and self.eval_every > 0
 
     @property
-    def has_critic(self) -> bool:
+    def has_critic(self):
         return self.advantage not in ("grpo", "rloo", "reinforce++")
 
     @property
-    def bf16(self) -> bool:
+    def bf16(self):
         return self.dtype == "bf16" or (self.dtype == "auto" and torch.cuda.is_available())
 
     @property
-    def compute_dtype(self) -> torch.dtype:
-        if self.bf16:
-            return torch.bfloat16
-        return torch.float32
+    def compute_dtype(self):
+        return torch.bfloat16 if self.bf16 else torch.float32
 
 
 # What a resumed run may change; anything else would make it another run.
@@ -221,7 +220,7 @@ def parse_args(argv: list[str] | None = None) -> Args:
     return Args(**values)
 
 
-def require(args: Args, rules: list[tuple[str, object, str]]) -> None:
+def require(args: Args, *rules: tuple[str, object, str]):
     """Each rule is (flag, does it hold?, what is wrong otherwise). ValueError "FLAG=VALUE WRONG" of
     the first that does not hold."""
     for flag, holds, wrong in rules:
@@ -282,23 +281,21 @@ NOT_NEGATIVE = (
 )
 
 
-def check_ranges(args: Args) -> None:
+def check_ranges(args: Args):
     for flag in POSITIVE:
         value = getattr(args, flag)
-        require(args, [(flag, value is None or value > 0, ": must be above 0")])
+        require(args, (flag, value is None or value > 0, ": must be above 0"))
     for flag in NOT_NEGATIVE:
-        require(args, [(flag, getattr(args, flag) >= 0, ": must be 0 or above")])
+        require(args, (flag, getattr(args, flag) >= 0, ": must be 0 or above"))
     require(
         args,
-        [
-            ("seed", 0 <= args.seed < 10**6, ": use 0 to 999999"),
-            ("refill", 0 <= args.refill <= 5, ": use 0 to 5"),
-            ("dual_clip", args.dual_clip is None or args.dual_clip > 1, ": must be above 1"),
-        ],
+        ("seed", 0 <= args.seed < 10**6, ": use 0 to 999999"),
+        ("refill", 0 <= args.refill <= 5, ": use 0 to 5"),
+        ("dual_clip", args.dual_clip is None or args.dual_clip > 1, ": must be above 1"),
     )
 
 
-def check_batch(args: Args, world: int) -> None:
+def check_batch(args: Args, world: int):
     if args.eval_only:
         world = 1
     even = math.ceil(args.prompts_per_step / world) * world
@@ -306,32 +303,30 @@ def check_batch(args: Args, world: int) -> None:
     several = args.samples_per_prompt > 1
     require(
         args,
-        [
-            (
-                "prompts_per_step",
-                args.prompts_per_step == even,
-                f" is no multiple of {world} ranks: use {even}",
-            ),
-            (
-                "samples_per_prompt",
-                several or args.advantage not in ("grpo", "rloo"),
-                f": --advantage {args.advantage} compares answers to one prompt, use 2 or more",
-            ),
-            (
-                "samples_per_prompt",
-                several or not args.refill,
-                ": --refill looks for answers that differ, use 2 or more",
-            ),
-            (
-                "minibatch_size",
-                args.minibatch == best,
-                f" does not divide prompts x samples_per_prompt = {args.batch_size}: try {best}",
-            ),
-        ],
+        (
+            "prompts_per_step",
+            args.prompts_per_step == even,
+            f" is no multiple of {world} ranks: use {even}",
+        ),
+        (
+            "samples_per_prompt",
+            several or args.advantage not in ("grpo", "rloo"),
+            f": --advantage {args.advantage} compares answers to one prompt, use 2 or more",
+        ),
+        (
+            "samples_per_prompt",
+            several or not args.refill,
+            ": --refill looks for answers that differ, use 2 or more",
+        ),
+        (
+            "minibatch_size",
+            args.minibatch == best,
+            f" does not divide prompts x samples_per_prompt = {args.batch_size}: try {best}",
+        ),
     )
 
 
-def check_lengths(args: Args, configs: list[PretrainedConfig]) -> None:
+def check_lengths(args: Args, configs: list[PretrainedConfig]):
     longest = args.max_prompt_tokens + args.max_new_tokens
     tokens = f"max_prompt_tokens + max_new_tokens = {longest} tokens, but "
     room = args.max_tokens_per_microbatch * args.sp
@@ -342,7 +337,7 @@ def check_lengths(args: Args, configs: list[PretrainedConfig]) -> None:
         raise ValueError(f"{tokens}the model has {limit} positions: lower the limits")
 
 
-def check_ranks(args: Args, world: int, configs: list[PretrainedConfig], alone: bool) -> None:
+def check_ranks(args: Args, world: int, configs: list[PretrainedConfig], alone: bool):
     """`alone`: not under torchrun."""
     tp, sp, replicas = args.tp, args.sp, args.replicas
     node = int(os.environ.get("LOCAL_WORLD_SIZE", 1 if args.eval_only else world))
@@ -350,74 +345,68 @@ def check_ranks(args: Args, world: int, configs: list[PretrainedConfig], alone: 
     heads_too = f" does not divide the {heads} attention heads: use a divisor of {heads}"
     require(
         args,
-        [
-            ("tp", node % tp == 0, f" does not divide the {node} ranks: launch a multiple of {tp}"),
-            ("tp", heads % tp == 0, heads_too),
-            ("tp", tp == 1 or args.engine == "vllm", f" needs --engine vllm, not {args.engine}"),
-            (
-                "sp",
-                world % sp == 0,
-                f" does not divide the {world} ranks: launch a multiple of {sp}",
-            ),
-            ("sp", heads % sp == 0, heads_too),
-            (
-                "sp",
-                sp == 1 or args.attention == "varlen",
-                f" needs --attention varlen, not {args.attention}",
-            ),
-            (
-                "replicas",
-                replicas == 1 or (world % replicas == 0 and world > replicas),
-                f" does not split {world} ranks into copies of 2 or more: use a divisor",
-            ),
-            ("offload", not (args.offload and alone), " needs torchrun"),
-        ],
+        ("tp", node % tp == 0, f" does not divide the {node} ranks: launch a multiple of {tp}"),
+        ("tp", heads % tp == 0, heads_too),
+        ("tp", tp == 1 or args.engine == "vllm", f" needs --engine vllm, not {args.engine}"),
+        (
+            "sp",
+            world % sp == 0,
+            f" does not divide the {world} ranks: launch a multiple of {sp}",
+        ),
+        ("sp", heads % sp == 0, heads_too),
+        (
+            "sp",
+            sp == 1 or args.attention == "varlen",
+            f" needs --attention varlen, not {args.attention}",
+        ),
+        (
+            "replicas",
+            replicas == 1 or (world % replicas == 0 and world > replicas),
+            f" does not split {world} ranks into copies of 2 or more: use a divisor",
+        ),
+        ("offload", not (args.offload and alone), " needs torchrun"),
     )
 
 
-def check_algorithm(args: Args) -> None:
+def check_algorithm(args: Args):
     for flag in ("critic_warmup", "critic_epochs", "critic_lam", "lam", "lam_adaptive"):
         used = getattr(args, flag) != getattr(PPOFlags, flag)
         wrong = f" needs --advantage gae: {args.advantage} has no critic"
-        require(args, [(flag, args.has_critic or not used, wrong)])
+        require(args, (flag, args.has_critic or not used, wrong))
     require(
         args,
-        [
-            (
-                "lam",
-                args.lam_adaptive is None or args.lam == PPOFlags.lam,
-                f" and lam_adaptive={args.lam_adaptive}: give one of them",
-            ),
-            (
-                "kl_target",
-                args.kl_target is None or args.kl_coef > 0,
-                " needs a --kl_coef above 0 to start from",
-            ),
-            (
-                "kl_in",
-                args.kl_in == "reward" or args.kl_estimator != "k1",
-                " needs --kl_estimator k2 or k3: k1 has no useful gradient in a loss",
-            ),
-        ],
+        (
+            "lam",
+            args.lam_adaptive is None or args.lam == PPOFlags.lam,
+            f" and lam_adaptive={args.lam_adaptive}: give one of them",
+        ),
+        (
+            "kl_target",
+            args.kl_target is None or args.kl_coef > 0,
+            " needs a --kl_coef above 0 to start from",
+        ),
+        (
+            "kl_in",
+            args.kl_in == "reward" or args.kl_estimator != "k1",
+            " needs --kl_estimator k2 or k3: k1 has no useful gradient in a loss",
+        ),
     )
 
 
-def check_evaluation(args: Args) -> None:
+def check_evaluation(args: Args):
     require(
         args,
-        [
-            ("profile", args.profile <= args.steps, f" is none of the --steps {args.steps}"),
-            (
-                "keep_best",
-                not args.keep_best or (args.eval_every and args.keep_best.startswith("eval/")),
-                f" is no metric that --eval_every {args.eval_every} gives: use eval/correct",
-            ),
-            (
-                "eval_samples",
-                args.eval_temperature > 0 or args.eval_samples == 1,
-                " above 1 needs --eval_temperature above 0",
-            ),
-        ],
+        ("profile", args.profile <= args.steps, f" is none of the --steps {args.steps}"),
+        (
+            "keep_best",
+            not args.keep_best or (args.eval_every and args.keep_best.startswith("eval/")),
+            f" is no metric that --eval_every {args.eval_every} gives: use eval/correct",
+        ),
+        (
+            "eval_samples",
+            args.eval_temperature > 0 or args.eval_samples == 1,
+            " above 1 needs --eval_temperature above 0",
+        ),
     )
 
 
@@ -443,8 +432,8 @@ class Answers:
     def teaches(self) -> bool:
         """Are some of them rewarded differently? Those that our own machine failed on do not
         count."""
-        sound = [result["reward"] for result in self.scored if result["status"] != "infra"]
-        return len(set(sound)) > 1
+        sound = {result["reward"] for result in self.scored if result["status"] != "infra"}
+        return len(sound) > 1
 
 
 @dataclass(kw_only=True)
@@ -474,9 +463,10 @@ class Batch(Answers):
 
     def plain(self) -> dict:
         """Tensors and plain containers, which can be read without running code."""
-        rows = [dict(row) for row in self.rows]
-        samples = [tuple(sample) for sample in self.samples]
-        return vars(self) | {"rows": rows, "samples": samples}
+        return vars(self) | {
+            "rows": [dict(row) for row in self.rows],
+            "samples": [tuple(sample) for sample in self.samples],
+        }
 
 
 def make_batch(answers: Answers, device: torch.device) -> Batch:
@@ -486,7 +476,7 @@ def make_batch(answers: Answers, device: torch.device) -> Batch:
     return Batch(**vars(answers), **collated._asdict())
 
 
-def add_scores(batch: Batch) -> None:
+def add_scores(batch: Batch):
     """What the verifiers said, (B,); a sample that our own machine failed on teaches nothing."""
     device = batch.mask.device
     batch.scores = torch.tensor([result["reward"] for result in batch.scored], device=device)
@@ -641,7 +631,7 @@ def value_loss(
     return 0.5 * torch.maximum(error, clipped_error), active
 
 
-def add_advantages(batch: Batch, args: Args) -> None:
+def add_advantages(batch: Batch, args: Args):
     """The score stands on the last response token, a KL penalty on every one; then GAE, or a
     comparison within the group of answers to one prompt."""
     mask = batch.mask
@@ -742,9 +732,7 @@ def update_critic(
 MAX_GRAD_NORM = 1.0
 
 
-def take_step(
-    name: str, trained: Trained, lr: float, batch: Batch, chosen: list[int], run: Run
-) -> None:
+def take_step(name: str, trained: Trained, lr: float, batch: Batch, chosen: list[int], run: Run):
     """Clips and steps, unless the gradient is not finite: then the run ends."""
     norm = models.optimizer_step(trained, lr, MAX_GRAD_NORM)
     run.meter.add(f"{name}/", grad_norm=norm)
@@ -782,19 +770,17 @@ def set_up(args: Args) -> Setup:
     ends = [(name, len(r), r[0]["ids"], r[-1]["ids"]) for name, r in source.train.items()]
     read = repr(ends)
     first_prompt = tokenizer.decode(ends[0][2])
-    patience = 2 * args.stall_minutes or 120
-    accelerator, ranks = dist.start_ranks(args.bf16, args.sp, args.replicas, patience)
+    accelerator, ranks = dist.start_ranks(
+        args.bf16, args.sp, args.replicas, patience=2 * args.stall_minutes or 120
+    )
     run = Run(args, ranks)
     run.say(f"{source.report}\nthe first prompt, as it is fed: {first_prompt!r}".strip())
     if len(set(run.everywhere(read + source.report))) > 1:
         raise RuntimeError("ranks differ in rows: share HF_DATASETS_CACHE")
-    tasks = {row["task"] for rows in source.test.values() for row in rows}
-    made = rewards.start(tasks, args)
+    made = rewards.start({row["task"] for row in chain(*source.test.values())}, args)
     made |= kernels.setup(configs[0].model_type, bars, args.bf16, args.attention)
-    config = asdict(args)
-    config["first_prompt"] = first_prompt
-    config["rows"] = f"{zlib.crc32(read.encode()):08x}"
-    run.find_checkpoint(config, MAY_CHANGE)
+    rows = f"{zlib.crc32(read.encode()):08x}"
+    run.find_checkpoint(asdict(args) | {"first_prompt": first_prompt, "rows": rows}, MAY_CHANGE)
     return Setup(args, configs, tokenizer, source, accelerator, run, made)
 
 
@@ -833,12 +819,11 @@ def start_engine(setup: Setup) -> rollout.Engine:
     return rollout.Engine(make, rescue, run.ranks, args.seed, show_bars())
 
 
-def load_models(setup: Setup) -> None:
+def load_models(setup: Setup):
     args, checkpoint = setup.args, setup.run.checkpoint
     policy_path, critic_path = args.model, args.critic_model or args.model
     if checkpoint:
         policy_path, critic_path = checkpoint / "policy", checkpoint / "critic"
-    head = kernels.LogprobHead
 
     def options(name: str) -> dict:
         return {
@@ -848,7 +833,7 @@ def load_models(setup: Setup) -> None:
             "offload": name in args.offload,
         }
 
-    policy = models.load_policy(policy_path, head, **options("policy"))
+    policy = models.load_policy(policy_path, kernels.LogprobHead, **options("policy"))
     setup.policy = Trained(policy, make_optimizer(policy))
     trained = {"policy": setup.policy}
     if args.has_critic:
@@ -856,7 +841,7 @@ def load_models(setup: Setup) -> None:
         setup.critic = trained["critic"] = Trained(critic, make_optimizer(critic))
     if args.kl_coef:
         setup.reference = models.load_policy(
-            args.model, head, trained=False, **options("reference")
+            args.model, kernels.LogprobHead, trained=False, **options("reference")
         )
     setup.run.attach(trained, setup.tokenizer)
 
@@ -865,7 +850,7 @@ def make_optimizer(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.0, fused=True)
 
 
-def announce(setup: Setup) -> None:
+def announce(setup: Setup):
     """What will be run, and what was chosen for the user; of a dry run also whether it fits."""
     args, run = setup.args, setup.run
     named = {"policy": setup.policy.model, "critic": None, "reference": setup.reference}
@@ -876,8 +861,7 @@ def announce(setup: Setup) -> None:
     if args.steps == 0:
         from tools.plan import plan_of_run
 
-        cuda = torch.cuda.is_available()
-        run.say(plan_of_run(*setup.configs, args, run.ranks.world, None, cuda))
+        run.say(plan_of_run(*setup.configs, args, run.ranks.world, None, torch.cuda.is_available()))
 
 
 def answer(
@@ -943,14 +927,14 @@ def draw_more(setup: Setup, step: int, k: int) -> Answers:
 
 
 def next_prompts(setup: Setup, step: int) -> list[dict]:
-    source, args = setup.source, setup.args
-    return data.batch(source.train, step, args.prompts_per_step, args.seed, source.weights)
+    n = setup.args.prompts_per_step
+    return data.batch(setup.source.train, step, n, setup.args.seed, setup.source.weights)
 
 
 def evaluate(setup: Setup) -> tuple[dict[str, float], Answers]:
     """Metrics and all answers on held-out rows, with the same random numbers every time."""
     n = setup.args.eval_samples
-    held_out = [row for rows in setup.source.test.values() for row in rows]
+    held_out = list(chain(*setup.source.test.values()))
     answers = answer_and_judge(setup, held_out, n, setup.args.eval_temperature, 0, purpose=1)
     metrics = rewards.evaluation(answers.scored, n, [row["task"] for row in answers.rows])
     metrics["eval/length_mean"] = fmean(len(sample.ids) for sample in answers.samples)
@@ -966,9 +950,8 @@ def sync(setup: Setup, step: int) -> float:
     rows = data.batch(source.train, step, 4 * run.ranks.world, args.seed, source.weights)
     prompts = [row["ids"] for row in rows]
     limit = min(64, args.max_new_tokens)
-    samples = setup.engine.ask(
-        rollout.Request(prompts, 1, limit, args.temperature, step, purpose=2)
-    )
+    request = rollout.Request(prompts, 1, limit, args.temperature, step, purpose=2)
+    samples = setup.engine.ask(request)
     batch = make_batch(Answers(rows, samples, []), setup.accelerator.device)
     run.check_finite(batch, engine_logprobs=batch.engine_logprobs)
     logprobs = compute_logprobs(setup.policy.model, batch, args, run)
@@ -1001,8 +984,8 @@ def dry_run(setup: Setup) -> list[dict]:
     n = args.samples_per_prompt
     answers = answer_and_judge(setup, rows, n, args.temperature, run.start, purpose=0)
     mean = fmean(result["reward"] for result in answers.scored)
-    shown = rollout.records(run.start, **vars(answers))[:2]
-    run.say(f"one batch: reward {mean:.3f}\n" + rollout.show(shown))
+    shown = rollout.show(rollout.records(run.start, **vars(answers))[:2])
+    run.say(f"one batch: reward {mean:.3f}\n{shown}")
     setup.engine.close()
     return []
 
@@ -1168,8 +1151,7 @@ def batch_metrics(batch: Batch, args: Args, run: Run) -> dict[str, float]:
     row |= rollout.summary(batch.samples, run.times["time/sample"])
     row |= rollout.mismatch(batch.old_logprobs[mask], batch.engine_logprobs[mask], args.tis_cap)
     row |= run.meter.means(run.ranks)
-    of_prompt = batch.scores.view(-1, args.samples_per_prompt)
-    alike = of_prompt.std(1, unbiased=False) < 1e-6
+    alike = batch.scores.view(-1, args.samples_per_prompt).std(1, unbiased=False) < 1e-6
     row["reward/std"] = batch.scores.std(unbiased=False).item()
     row["reward/alike_frac"] = alike.float().mean().item()
     if batch.old_values is not None:
@@ -1215,10 +1197,9 @@ def speed_metrics(batch: Batch, epochs: dict[str, int], setup: Setup) -> dict[st
     args, run = setup.args, setup.run
     fed = [length - 1 for length in batch.lengths]
     passes = {trained.model: epochs[name] for name, trained in run.trained.items()}
-    row = dict(run.times)
-    row |= data.plan_summary(fed, args.max_tokens_per_microbatch * args.sp, run.ranks.rows)
-    row |= flops.utilisation(run.everywhere(run.times), passes, fed, batch.mask.sum().item())
-    return row
+    fill = data.plan_summary(fed, args.max_tokens_per_microbatch * args.sp, run.ranks.rows)
+    times = run.everywhere(run.times)
+    return run.times | fill | flops.utilisation(times, passes, fed, batch.mask.sum().item())
 
 
 def batch_records(batch: Batch, step: int, tokenizer) -> list[dict]:

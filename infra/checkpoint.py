@@ -30,7 +30,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from infra import watchdog
 from infra.dist import Ranks
-from infra.log import hidden, say, sync, write
+from infra.log import hidden, say, to_disk, write
 from infra.models import Trained, full_weights, gathered
 
 # file name -> whole tensors on the CPU: what one rank writes of a checkpoint
@@ -250,7 +250,7 @@ class Saver:
         try:
             for name, tensors in parts.items():
                 safetensors.torch.save_file(tensors, aside / name, {"format": "pt"})
-                sync(aside / name)
+                to_disk(aside / name)
                 digests[name] = digest(aside / name)
             write(aside / f"rank{watchdog.RANK}.json", json.dumps(digests))
             if watchdog.RANK == 0:
@@ -282,16 +282,16 @@ class Saver:
         for path in aside.rglob("*"):
             name = str(path.relative_to(aside))
             if path.is_file() and name not in digests:  # configurations and tokenizers
-                sync(path)
+                to_disk(path)
                 digests[name] = digest(path)
         state = hidden(state | {"files": digests})
         write(aside / "state.json", json.dumps(state | {"seal": seal_of(state)}, indent=1))
         for folder, _, _ in os.walk(aside):
-            sync(folder)
+            to_disk(folder)
         if not final.name.startswith("step_"):  # bad_step_N, for the second time
             shutil.rmtree(final, ignore_errors=True)
         os.rename(aside, final)
-        sync(final.parent)
+        to_disk(final.parent)
         if final.name.startswith("step_"):
             tidy(final.parent, self.keep_last, self.keep_best)
 

@@ -8,6 +8,7 @@ step.
 
 import os
 from datetime import timedelta
+from itertools import chain
 from typing import NamedTuple
 
 import torch
@@ -71,14 +72,10 @@ def start_ranks(bf16: bool, sp: int, replicas: int = 1, patience: float = 120):
         parallelism_config=mesh,
     )
     rank = accelerator.process_index
-    row = rank // sp
     group = None
     if sp > 1:
-        for first in range(0, world, sp):  # new_group is collective: every rank makes every group
-            made = dist.new_group(list(range(first, first + sp)), timeout=timeout)
-            if first == row * sp:
-                group = made
-    return accelerator, Ranks(rank, world, row, world // sp, rank % sp, sp, group)
+        group, _ = dist.new_subgroups(sp, timeout=timeout)
+    return accelerator, Ranks(rank, world, rank // sp, world // sp, rank % sp, sp, group)
 
 
 def share(items: list, ranks: Ranks) -> list:
@@ -94,10 +91,7 @@ def gather(items: list, ranks: Ranks) -> list:
         return list(items)
     parts = [None] * ranks.world
     dist.all_gather_object(parts, items)
-    joined = []
-    for part in parts:
-        joined += part
-    return joined
+    return list(chain.from_iterable(parts))
 
 
 def everywhere(x, ranks: Ranks) -> list:
@@ -111,7 +105,7 @@ class Meter:
     def __init__(self):
         self.pairs: dict[str, Tensor] = {}  # name -> (2,) sum and count
 
-    def add(self, prefix: str, **values: Tensor) -> None:
+    def add(self, prefix: str, **values: Tensor):
         """Of any shape, masked entries left out by the caller. Does not wait for the device."""
         for name, x in values.items():
             total = x.detach().double().sum()
@@ -125,7 +119,5 @@ class Meter:
         table = torch.stack([pair.cpu() for pair in self.pairs.values()])
         if ranks.world > 1:
             dist.all_reduce(table)
-        means = {}
-        for name, (total, count) in zip(self.pairs, table.tolist()):
-            means[name] = total / max(count, 1.0)
-        return means
+        rows = zip(self.pairs, table.tolist())
+        return {name: total / max(count, 1.0) for name, (total, count) in rows}

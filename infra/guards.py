@@ -4,8 +4,6 @@ Owns: what is told of a number that is not finite, and the table of metrics with
 Refuses to know: what is saved then (infra/run.py does that), hangs and signals (infra/watchdog.py).
 """
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
@@ -37,7 +35,7 @@ GUARDS = {
 }
 
 
-def bad_metrics(row: dict, streaks: dict[str, int], young: bool) -> Iterator[tuple[str, int, int]]:
+def bad_metrics(row: dict, streaks: dict[str, int], young: bool):
     """Of each metric of a step that GUARDS calls bad: the words for it, for how many steps in a row
     (counted in `streaks`), and at how many the run ends. A `young` critic may be wrong."""
     for name, (is_bad, limit, meaning) in GUARDS.items():

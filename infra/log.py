@@ -34,21 +34,20 @@ def hidden(flags: dict) -> dict:
     return json.loads(hide(json.dumps(flags)))
 
 
-def say(text: str) -> None:
+def say(text: str):
     print(hide(text), flush=True)
 
 
-def write(path: Path, text: str) -> None:
+def write(path: Path, text: str):
     """All of it or, when the machine dies, what was there before."""
     aside = path.with_name(path.name + ".new")
     with open(aside, "w") as file:
         file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+    to_disk(aside)
     os.replace(aside, path)
 
 
-def sync(path: Path) -> None:
+def to_disk(path: Path):
     """To the disk, not only to the system's memory; of a folder: its names."""
     handle = os.open(path, os.O_RDONLY)
     try:
@@ -57,9 +56,8 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
-def sync_append(path: Path, text: str) -> None:
+def append(path: Path, text: str):
     """Adds text to a file; it is on the disk when this returns."""
     with open(path, "a") as file:
         file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+    to_disk(path)

@@ -101,7 +101,7 @@ def shard(model: nn.Module, accelerator, checkpointing: bool, offload: bool) -> 
     return fsdp2_prepare_model(accelerator, model)
 
 
-def reshard(model: nn.Module) -> None:
+def reshard(model: nn.Module):
     """After a forward without backward FSDP2 keeps the head gathered (0.5 GB at 1.5B), rounded to
     the compute dtype. Gives it back."""
     for module in model.modules():
@@ -114,7 +114,7 @@ def full_weights(model: nn.Module, dtype: torch.dtype) -> Iterator[tuple[str, Te
     one is asked for: one layer is alive at a time. A tied head comes once, as the embedding. The
     dtype that the model computes in is gathered a layer in one call, cast before it is sent;
     another (fp32 of a bf16 run, to be saved) tensor by tensor."""
-    sent: set[str] = set()
+    sent = set()
     reshard(model)
     for prefix, unit in list(model.named_modules()):
         if not isinstance(unit, FSDPModule):
@@ -123,10 +123,11 @@ def full_weights(model: nn.Module, dtype: torch.dtype) -> Iterator[tuple[str, Te
         if inside <= sent:
             continue  # norm, embedding and head come together, by the name of any of them
         unit.unshard()
-        whole = {}
-        for name, p in model.named_parameters():
-            if name not in sent and not isinstance(p, DTensor):
-                whole[name] = p.detach()
+        whole = {
+            name: p.detach()
+            for name, p in model.named_parameters()
+            if name not in sent and not isinstance(p, DTensor)
+        }
         if any(tensor.dtype != dtype for tensor in whole.values()):
             unit.reshard()
             break  # as it will be with all other units

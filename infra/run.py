@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from infra import checkpoint, clock, dist, guards, watchdog
-from infra.log import hidden, hide, say, sync_append, write
+from infra.log import append, hidden, hide, say, write
 
 
 class Run:
@@ -64,30 +64,29 @@ class Run:
 
     # ------------------------------------------------------------------------- set-up and end
 
-    def find_checkpoint(self, config: dict, may_change: set[str]) -> None:
+    def find_checkpoint(self, config: dict, may_change: set[str]):
         """With --resume auto, the newest whole checkpoint of the run folder; its flags must be
         those of `config`, but for those that `may_change`."""
         self.config = config
-        found = []
-        if self.args.resume == "auto":
-            found = self.everywhere(checkpoint.checkpoints(self.out))[0]  # what rank 0 sees
+        if self.args.resume == "no":
+            return
+        found = self.everywhere(checkpoint.checkpoints(self.out))[0]  # what rank 0 sees
         self.checkpoint, state = checkpoint.find_checkpoint(
             found, config, may_change, self.everywhere
         )
-        if self.checkpoint is None:
-            return
-        self.start = self.done = self.saved = state["step"]
-        self.streaks = state["streaks"]
-        self.best = state["best"]
-        self.carried = {"kl_coef": state["kl_coef"]}
+        if self.checkpoint:
+            self.start = self.done = self.saved = state["step"]
+            self.streaks = state["streaks"]
+            self.best = state["best"]
+            self.carried = {"kl_coef": state["kl_coef"]}
 
-    def attach(self, trained: dict, tokenizer) -> None:
+    def attach(self, trained: dict, tokenizer):
         """The models and optimizers that checkpoints are made of, as name -> models.Trained."""
         self.trained = trained
         self.tokenizer = tokenizer
         checkpoint.load_moments(self.checkpoint, trained)
 
-    def open(self) -> None:
+    def open(self):
         """From here on the run writes into its folder: config.json, metrics.jsonl, samples.jsonl, a
         copy of the code; and the same numbers for W&B."""
         if not self.main:
@@ -105,7 +104,7 @@ class Run:
         self.board = start_wandb(self.args.wandb, self.out.name, config)
         self.writes = True
 
-    def close(self) -> None:
+    def close(self):
         self.save_now()
         self.saver.wait()
         if self.stopped:
@@ -114,13 +113,13 @@ class Run:
                 "--resume auto goes on from there"
             )
 
-    def say(self, text: str) -> None:
+    def say(self, text: str):
         if self.main:
             say(text)
 
     # ---------------------------------------------------------------------------------- phases
 
-    def begin_step(self, step: int) -> None:
+    def begin_step(self, step: int):
         """Step 1, 2, ...; its clocks start with what saving after the step before took."""
         self.step = step
         watchdog.begin_step(step)
@@ -142,14 +141,14 @@ class Run:
 
     # ---------------------------------------------------------------------------------- guards
 
-    def check_finite(self, batch, update: dict | None = None, **tensors: Tensor | None) -> None:
+    def check_finite(self, batch, update: dict | None = None, **tensors: Tensor | None):
         """Ends the run on all ranks when one of the tensors is not finite on one of them. What the
         step was made of stays in bad_step_N: weights and moments as they are now, and in batch.pt
         `batch` and which `update` of it was tried. Collective, unless there are no tensors (which
         all ranks must know alike)."""
         if not tensors:
             return
-        bad = [text for texts in self.everywhere(guards.not_finite(**tensors)) for text in texts]
+        bad = dist.gather(guards.not_finite(**tensors), self.ranks)
         if not bad:
             return
         step = self.done + 1
@@ -175,7 +174,7 @@ class Run:
         self.stopped = watchdog.stop_reason(self.args.max_minutes, self.everywhere)
         return bool(self.stopped)
 
-    def warn_if_diverging(self, row: dict, young: bool) -> None:
+    def warn_if_diverging(self, row: dict, young: bool):
         """By GUARDS: warns about a step's metrics, at the 1st, 10th, 20th ... time in a row. RuntimeError,
         and the weights aside, when it has gone on for too long. Alike on all ranks."""
         for text, streak, limit in guards.bad_metrics(row, self.streaks, young):
@@ -191,14 +190,14 @@ class Run:
 
     # -------------------------------------------------------------------- the log, checkpoints
 
-    def log(self, row: dict, samples: list[dict] = ()) -> None:
+    def log(self, row: dict, samples: list[dict] = ()):
         """On the disk when it returns: the samples first, so that a row says that its samples are
         there."""
         self.history.append(row)
         if not self.writes:
             return
-        sync_append(self.out / "samples.jsonl", lines(samples))
-        sync_append(self.out / "metrics.jsonl", lines([row]))
+        append(self.out / "samples.jsonl", lines(samples))
+        append(self.out / "metrics.jsonl", lines([row]))
         try:
             if self.board:
                 self.board.log(row, step=row["step"])
@@ -209,7 +208,7 @@ class Run:
             )
             self.board = None
 
-    def save(self, name: str, wait: bool = False) -> None:
+    def save(self, name: str, wait: bool = False):
         """A checkpoint of step `done`. What is not in it is a function of the step: prompts, seeds,
         learning rates."""
         final = self.out / name
@@ -225,13 +224,13 @@ class Run:
             self.saver.wait()
             self.everywhere(None)  # rank 0 has given it its name
 
-    def save_now(self, wait: bool = False) -> None:
+    def save_now(self, wait: bool = False):
         """A checkpoint of step `done`, if there is none yet."""
         if self.done > self.saved:
             self.save(f"checkpoints/step_{self.done}", wait)
             self.saved = self.done
 
-    def save_if_due(self, row: dict) -> None:
+    def save_if_due(self, row: dict):
         value = row.get(self.args.keep_best, -math.inf)
         better = value > self.best
         self.best = max(self.best, value)
@@ -245,16 +244,15 @@ class Run:
 # --------------------------------------------------------------------------------- the run folder
 
 
-def check_folder(out: Path, resume: bool) -> None:
+def check_folder(out: Path, resume: bool):
     """Nothing is written over, and nothing into a folder of something else; models' have a
     config.json, too."""
     if not out.exists():
         return
     names = {path.name for path in out.iterdir()}
     names.discard("config.json.new")  # killed while it was written
-    ours = False
-    if "config.json" in names:
-        ours = '"prompts_per_step"' in (out / "config.json").read_text(errors="replace")
+    config = out / "config.json"
+    ours = config.exists() and '"prompts_per_step"' in config.read_text(errors="replace")
     if resume and (ours or not names):
         return
     why = "exists: go on with --resume auto, or "
@@ -283,7 +281,7 @@ def read_rows(path: Path, last_step: int) -> list[dict]:
     return rows
 
 
-def copy_code(out: Path) -> None:
+def copy_code(out: Path):
     """The files that made the run, so that it can be looked up what it did."""
     root = Path(__file__).resolve().parent.parent
     for folder in (".", "infra", "verify"):
@@ -294,9 +292,9 @@ def copy_code(out: Path) -> None:
 
 def wandb_id(out: Path, start: int) -> str:
     """Of the run that is gone on with; else a new one."""
-    if start and (out / "config.json").exists():
-        text = (out / "config.json").read_text(errors="replace")
-        before = re.search(r'"wandb_id": "(\w+)"', text)
+    config = out / "config.json"
+    if start and config.exists():
+        before = re.search(r'"wandb_id": "(\w+)"', config.read_text(errors="replace"))
         if before:
             return before[1]
     return os.urandom(4).hex()
@@ -365,10 +363,11 @@ NOT_TRAINED = {
 def line(row: dict, steps: int, seconds_per_step: float) -> str:
     """One step for people; fixed order, so that grep works."""
     row = NOT_TRAINED | row
-    phases = []
-    for key, value in row.items():
-        if key.startswith("time/") and key != "time/step":
-            phases.append(f"{key.removeprefix('time/')} {value:.1f}")
+    phases = [
+        f"{key.removeprefix('time/')} {value:.1f}"
+        for key, value in row.items()
+        if key.startswith("time/") and key != "time/step"
+    ]
     text = LINE.format(
         steps=steps,
         clipped=row["policy/clipfrac_low"] + row["policy/clipfrac_high"],

@@ -271,7 +271,10 @@ STAGES = [
             BOTH,
             lambda: kill("safetensors.torch", "save_file", into(SAVED), 2, True),
         ),
-        "save: before the first fsync": (BOTH, lambda: kill("infra.checkpoint", "sync", of_saved)),
+        "save: before the first fsync": (
+            BOTH,
+            lambda: kill("infra.checkpoint", "to_disk", of_saved),
+        ),
         "save: before the manifest": (
             BOTH,
             lambda: kill("infra.checkpoint", "write", named("SAVED.tmp/rank*.json")),

@@ -340,15 +340,15 @@ BUGS = [
     Bug(
         "infra-is-unlike",
         "ppo.py",
-        ' if result["status"] != "infra"]\n        return len',
-        "]\n        return len",
+        ' if result["status"] != "infra"}\n        return len',
+        "}\n        return len",
         CHOICES,
     ),
     Bug(
         "refill-keeps-the-first",
         "ppo.py",
-        "    groups.sort(key=Answers.teaches, reverse=True)  # stable: each kind stays in its order\n",
-        "",
+        "    groups.sort(key=Answers.teaches, reverse=True)",
+        "    pass",
         CHOICES,
     ),
     Bug(
