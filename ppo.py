@@ -509,10 +509,10 @@ def microbatches(batch: Batch, chosen: list[int], args: Args, run: Run) -> list[
 @torch.no_grad()
 def compute_logprobs(model: nn.Module, batch: Batch, args: Args, run: Run) -> Tensor:
     """Of every response token under the model, (B, T) on every rank."""
-    parts = []
-    for p in microbatches(batch, range(len(batch.rows)), args, run):
-        logprobs, _ = kernels.policy_forward(model, p, args.temperature, run.ranks.sp_group)
-        parts.append((p.index, logprobs))
+    parts = [
+        (p.index, kernels.policy_forward(model, p, args.temperature, run.ranks.sp_group)[0])
+        for p in microbatches(batch, range(len(batch.rows)), args, run)
+    ]
     models.reshard(model)
     return kernels.unpack(parts, batch.mask, run.ranks)
 
@@ -745,6 +745,9 @@ def take_step(name: str, trained: Trained, lr: float, batch: Batch, chosen: list
 # --------------------------------------------------------------------- what surrounds the algorithm
 
 
+Metrics = dict[str, float]
+
+
 @dataclass
 class Setup:
     """What a run has, made once at its start."""
@@ -786,12 +789,12 @@ def set_up(args: Args) -> Setup:
     return Setup(args, configs, tokenizer, source, accelerator, run, made)
 
 
-def show_bars() -> bool:
+def show_bars():
     """Progress bars are for people, not for log files."""
     return sys.stderr.isatty() and int(os.environ.get("RANK", 0)) == 0
 
 
-def start_engine(setup: Setup) -> rollout.Engine:
+def start_engine(setup: Setup):
     args, run = setup.args, setup.run
 
     def make():
@@ -848,7 +851,7 @@ def load_models(setup: Setup):
     setup.run.attach(trained, setup.tokenizer)
 
 
-def make_optimizer(model: nn.Module) -> torch.optim.Optimizer:
+def make_optimizer(model: nn.Module):
     return torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.0, fused=True)
 
 
@@ -922,10 +925,9 @@ def refill(answers: Answers, draw: Callable[[int], Answers], args: Args) -> Answ
 def draw_more(setup: Setup, step: int, k: int) -> Answers:
     """Judged answers to the prompts of a batch that no step has: steps end below 10**6, and a step
     draws at most 5 times."""
-    args = setup.args
     rows = next_prompts(setup, 10**6 + 5 * step + k)
-    n = args.samples_per_prompt
-    return answer_and_judge(setup, rows, n, args.temperature, step, purpose=2 + k)
+    n = setup.args.samples_per_prompt
+    return answer_and_judge(setup, rows, n, setup.args.temperature, step, purpose=2 + k)
 
 
 def next_prompts(setup: Setup, step: int) -> list[dict]:
@@ -933,7 +935,7 @@ def next_prompts(setup: Setup, step: int) -> list[dict]:
     return data.batch(setup.source.train, step, n, setup.args.seed, setup.source.weights)
 
 
-def evaluate(setup: Setup) -> tuple[dict[str, float], Answers]:
+def evaluate(setup: Setup) -> tuple[Metrics, Answers]:
     """Metrics and all answers on held-out rows, with the same random numbers every time."""
     n = setup.args.eval_samples
     held_out = list(chain(*setup.source.test.values()))
@@ -1146,7 +1148,7 @@ def train(args: Args) -> list[dict]:
 # ----------------------------------------------------------------------------------------- metrics
 
 
-def batch_metrics(batch: Batch, args: Args, run: Run) -> dict[str, float]:
+def batch_metrics(batch: Batch, args: Args, run: Run) -> Metrics:
     """Of the rollout and its update."""
     mask = batch.mask
     row = rewards.summary(batch.scored, [row["task"] for row in batch.rows])
@@ -1165,7 +1167,7 @@ def batch_metrics(batch: Batch, args: Args, run: Run) -> dict[str, float]:
     return row
 
 
-def critic_metrics(values: Tensor, returns: Tensor, mask: Tensor) -> dict[str, float]:
+def critic_metrics(values: Tensor, returns: Tensor, mask: Tensor) -> Metrics:
     """Explained variance is 1 when the critic knows every return, 0 when it is no better than a
     constant. Calibration: mean values and returns of the four quarters of each response."""
     v = values[mask]
@@ -1194,12 +1196,14 @@ def adapted(kl_coef: float, kl: float, args: Args) -> float:
     return kl_coef * (1 + error * args.batch_size / 10_000)
 
 
-def speed_metrics(batch: Batch, epochs: dict[str, int], setup: Setup) -> dict[str, float]:
+def speed_metrics(batch: Batch, epochs: dict[str, int], setup: Setup) -> Metrics:
     """Seconds and memory of the phases, how full the micro-batches were, and MFU."""
-    args, run = setup.args, setup.run
+    run = setup.run
     fed = [length - 1 for length in batch.lengths]
     passes = {trained.model: epochs[name] for name, trained in run.trained.items()}
-    fill = data.plan_summary(fed, args.max_tokens_per_microbatch * args.sp, run.ranks.rows)
+    fill = data.plan_summary(
+        fed, setup.args.max_tokens_per_microbatch * setup.args.sp, run.ranks.rows
+    )
     times = run.everywhere(run.times)
     return run.times | fill | flops.utilisation(times, passes, fed, batch.mask.sum().item())
 

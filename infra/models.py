@@ -164,7 +164,7 @@ def optimizer_step(trained: Trained, lr: float, max_norm: float) -> Tensor:
     return whole
 
 
-def suspects(model: nn.Module, norm: Tensor, meter: Meter) -> dict[str, Tensor]:
+def suspects(model: nn.Module, norm: Tensor, meter: Meter) -> dict[str, Tensor | None]:
     """When the norm, equal on all ranks, is not finite: this rank's sums of losses, shards of
     gradients, the norm."""
     if torch.isfinite(norm):
@@ -174,6 +174,5 @@ def suspects(model: nn.Module, norm: Tensor, meter: Meter) -> dict[str, Tensor]:
         gradient = p.grad
         if isinstance(gradient, DTensor):
             gradient = gradient.to_local()
-        if gradient is not None:
-            found[f"gradient of {name}"] = gradient
+        found[f"gradient of {name}"] = gradient
     return found | {"gradient norm": norm}
