@@ -220,7 +220,7 @@ def parse_args(argv: list[str] | None = None) -> Args:
     return Args(**values)
 
 
-def require(args: Args, *rules: tuple[str, object, str]):
+def require(args: Args, *rules):
     """Each rule is (flag, does it hold?, what is wrong otherwise). ValueError "FLAG=VALUE WRONG" of
     the first that does not hold."""
     for flag, holds, wrong in rules:
@@ -339,7 +339,8 @@ def check_lengths(args: Args, configs: list[PretrainedConfig]):
 
 def check_ranks(args: Args, world: int, configs: list[PretrainedConfig], alone: bool):
     """`alone`: not under torchrun."""
-    tp, sp, replicas = args.tp, args.sp, args.replicas
+    tp = args.tp
+    sp = args.sp
     node = int(os.environ.get("LOCAL_WORLD_SIZE", 1 if args.eval_only else world))
     heads = math.gcd(*(config.num_attention_heads for config in configs))
     heads_too = f" does not divide the {heads} attention heads: use a divisor of {heads}"
@@ -361,7 +362,7 @@ def check_ranks(args: Args, world: int, configs: list[PretrainedConfig], alone: 
         ),
         (
             "replicas",
-            replicas == 1 or (world % replicas == 0 and world > replicas),
+            args.replicas == 1 or (world % args.replicas == 0 and world > args.replicas),
             f" does not split {world} ranks into copies of 2 or more: use a divisor",
         ),
         ("offload", not (args.offload and alone), " needs torchrun"),
@@ -424,10 +425,10 @@ class Answers:
 
     def by_prompt(self, n: int) -> list["Answers"]:
         """The n answers to each prompt."""
-        groups = []
-        for first in range(0, len(self.rows), n):
-            groups.append(Answers(*(part[first : first + n] for part in vars(self).values())))
-        return groups
+        return [
+            Answers(*(part[first : first + n] for part in vars(self).values()))
+            for first in range(0, len(self.rows), n)
+        ]
 
     def teaches(self) -> bool:
         """Are some of them rewarded differently? Those that our own machine failed on do not
@@ -795,7 +796,8 @@ def show_bars():
 
 
 def start_engine(setup: Setup):
-    args, run = setup.args, setup.run
+    args = setup.args
+    run = setup.run
 
     def make():
         return rollout.make_sampler(
@@ -825,7 +827,8 @@ def start_engine(setup: Setup):
 
 
 def load_models(setup: Setup):
-    args, checkpoint = setup.args, setup.run.checkpoint
+    args = setup.args
+    checkpoint = setup.run.checkpoint
     policy_path, critic_path = args.model, args.critic_model or args.model
     if checkpoint:
         policy_path, critic_path = checkpoint / "policy", checkpoint / "critic"
@@ -857,7 +860,8 @@ def make_optimizer(model: nn.Module):
 
 def announce(setup: Setup):
     """What will be run, and what was chosen for the user; of a dry run also whether it fits."""
-    args, run = setup.args, setup.run
+    args = setup.args
+    run = setup.run
     named = {"policy": setup.policy.model, "critic": None, "reference": setup.reference}
     if setup.critic:
         named["critic"] = setup.critic.model
@@ -878,8 +882,10 @@ def answer(
     limit = setup.args.max_new_tokens
     request = rollout.Request(prompts, n, limit, temperature, step, purpose)
     samples = setup.engine.ask(request)
-    mine = dist.share(samples, setup.run.ranks)
-    texts = [setup.tokenizer.decode(sample.ids, skip_special_tokens=True) for sample in mine]
+    texts = [
+        setup.tokenizer.decode(sample.ids, skip_special_tokens=True)
+        for sample in dist.share(samples, setup.run.ranks)
+    ]
     repeated = [row for row in rows for _ in range(n)]
     return Answers(repeated, samples, dist.gather(texts, setup.run.ranks))
 
@@ -949,9 +955,11 @@ def sync(setup: Setup, step: int) -> float:
     """New weights into the engine; then the canary: fresh answers, on whose log-probs the trainer
     must agree. Weights stale by many steps show as 0.2, bf16 as about 0.01. Returns the worst
     engine's mean |difference|."""
-    args, run, source = setup.args, setup.run, setup.source
+    args = setup.args
+    run = setup.run
     setup.engine.load(models.full_weights(setup.policy.model, args.compute_dtype))
-    rows = data.batch(source.train, step, 4 * run.ranks.world, args.seed, source.weights)
+    count = 4 * run.ranks.world
+    rows = data.batch(setup.source.train, step, count, args.seed, setup.source.weights)
     prompts = [row["ids"] for row in rows]
     limit = min(64, args.max_new_tokens)
     request = rollout.Request(prompts, 1, limit, args.temperature, step, purpose=2)
@@ -971,7 +979,7 @@ def sync(setup: Setup, step: int) -> float:
     return worst
 
 
-def evaluate_only(setup: Setup) -> list[dict]:
+def evaluate_only(setup: Setup):
     run = setup.run
     metrics, answers = evaluate(setup)
     run.open()
@@ -981,9 +989,10 @@ def evaluate_only(setup: Setup) -> list[dict]:
     return run.history
 
 
-def dry_run(setup: Setup) -> list[dict]:
+def dry_run(setup: Setup):
     """--steps 0: what do the prompts, answers and rewards look like?"""
-    args, run = setup.args, setup.run
+    args = setup.args
+    run = setup.run
     rows = next_prompts(setup, run.start)
     n = args.samples_per_prompt
     answers = answer_and_judge(setup, rows, n, args.temperature, run.start, purpose=0)

@@ -212,12 +212,10 @@ class Run:
         final = self.out / name
         folder = self.saver.begin(final, self.trained, self.everywhere)
         parts = checkpoint.checkpoint_parts(self.trained, self.ranks, self.tokenizer, folder)
-        metrics = {}
-        if self.history and self.history[-1]["step"] == self.done:
-            metrics = self.history[-1]
+        rows = {row["step"]: row for row in self.history}
         state = {
             "step": self.done,
-            "metrics": metrics,
+            "metrics": rows.get(self.done, {}),
             "config": self.config,
             **self.carried,
             "streaks": self.streaks,
@@ -259,9 +257,7 @@ def check_folder(out: Path, resume: bool):
     ours = config.exists() and '"prompts_per_step"' in config.read_text(errors="replace")
     if resume and (ours or not names):
         return
-    why = "exists: go on with --resume auto, or "
-    if resume:
-        why = "is no run folder: "
+    why = "is no run folder: " if resume else "exists: go on with --resume auto, or "
     raise ValueError(f"out={str(out)!r} {why}choose another --out; nothing is written over")
 
 
