@@ -220,7 +220,7 @@ def parse_args(argv: list[str] | None = None) -> Args:
     return Args(**values)
 
 
-def require(args: Args, *rules: tuple[str, object, str]):
+def require(args: Args, *rules):
     """Each rule is (flag, does it hold?, what is wrong otherwise). ValueError "FLAG=VALUE WRONG" of
     the first that does not hold."""
     for flag, holds, wrong in rules:
@@ -339,7 +339,8 @@ def check_lengths(args: Args, configs: list[PretrainedConfig]):
 
 def check_ranks(args: Args, world: int, configs: list[PretrainedConfig], alone: bool):
     """`alone`: not under torchrun."""
-    tp, sp, replicas = args.tp, args.sp, args.replicas
+    tp = args.tp
+    sp = args.sp
     node = int(os.environ.get("LOCAL_WORLD_SIZE", 1 if args.eval_only else world))
     heads = math.gcd(*(config.num_attention_heads for config in configs))
     heads_too = f" does not divide the {heads} attention heads: use a divisor of {heads}"
@@ -361,7 +362,7 @@ def check_ranks(args: Args, world: int, configs: list[PretrainedConfig], alone: 
         ),
         (
             "replicas",
-            replicas == 1 or (world % replicas == 0 and world > replicas),
+            args.replicas == 1 or (world % args.replicas == 0 and world > args.replicas),
             f" does not split {world} ranks into copies of 2 or more: use a divisor",
         ),
         ("offload", not (args.offload and alone), " needs torchrun"),
@@ -424,10 +425,10 @@ class Answers:
 
     def by_prompt(self, n: int) -> list["Answers"]:
         """The n answers to each prompt."""
-        groups = []
-        for first in range(0, len(self.rows), n):
-            groups.append(Answers(*(part[first : first + n] for part in vars(self).values())))
-        return groups
+        return [
+            Answers(*(part[first : first + n] for part in vars(self).values()))
+            for first in range(0, len(self.rows), n)
+        ]
 
     def teaches(self) -> bool:
         """Are some of them rewarded differently? Those that our own machine failed on do not
@@ -507,10 +508,10 @@ def microbatches(batch: Batch, chosen: list[int], args: Args, run: Run) -> list[
 @torch.no_grad()
 def compute_logprobs(model: nn.Module, batch: Batch, args: Args, run: Run) -> Tensor:
     """Of every response token under the model, (B, T) on every rank."""
-    parts = []
-    for p in microbatches(batch, range(len(batch.rows)), args, run):
-        logprobs, _ = kernels.policy_forward(model, p, args.temperature, run.ranks.sp_group)
-        parts.append((p.index, logprobs))
+    parts = [
+        (p.index, kernels.policy_forward(model, p, args.temperature, run.ranks.sp_group)[0])
+        for p in microbatches(batch, range(len(batch.rows)), args, run)
+    ]
     models.reshard(model)
     return kernels.unpack(parts, batch.mask, run.ranks)
 
@@ -743,6 +744,9 @@ def take_step(name: str, trained: Trained, lr: float, batch: Batch, chosen: list
 # --------------------------------------------------------------------- what surrounds the algorithm
 
 
+Metrics = dict[str, float]
+
+
 @dataclass
 class Setup:
     """What a run has, made once at its start."""
@@ -784,13 +788,14 @@ def set_up(args: Args) -> Setup:
     return Setup(args, configs, tokenizer, source, accelerator, run, made)
 
 
-def show_bars() -> bool:
+def show_bars():
     """Progress bars are for people, not for log files."""
     return sys.stderr.isatty() and int(os.environ.get("RANK", 0)) == 0
 
 
-def start_engine(setup: Setup) -> rollout.Engine:
-    args, run = setup.args, setup.run
+def start_engine(setup: Setup):
+    args = setup.args
+    run = setup.run
 
     def make():
         return rollout.make_sampler(
@@ -820,7 +825,8 @@ def start_engine(setup: Setup) -> rollout.Engine:
 
 
 def load_models(setup: Setup):
-    args, checkpoint = setup.args, setup.run.checkpoint
+    args = setup.args
+    checkpoint = setup.run.checkpoint
     policy_path, critic_path = args.model, args.critic_model or args.model
     if checkpoint:
         policy_path, critic_path = checkpoint / "policy", checkpoint / "critic"
@@ -846,13 +852,14 @@ def load_models(setup: Setup):
     setup.run.attach(trained, setup.tokenizer)
 
 
-def make_optimizer(model: nn.Module) -> torch.optim.Optimizer:
+def make_optimizer(model: nn.Module):
     return torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.0, fused=True)
 
 
 def announce(setup: Setup):
     """What will be run, and what was chosen for the user; of a dry run also whether it fits."""
-    args, run = setup.args, setup.run
+    args = setup.args
+    run = setup.run
     named = {"policy": setup.policy.model, "critic": None, "reference": setup.reference}
     if setup.critic:
         named["critic"] = setup.critic.model
@@ -873,8 +880,10 @@ def answer(
     limit = setup.args.max_new_tokens
     request = rollout.Request(prompts, n, limit, temperature, step, purpose)
     samples = setup.engine.ask(request)
-    mine = dist.share(samples, setup.run.ranks)
-    texts = [setup.tokenizer.decode(sample.ids, skip_special_tokens=True) for sample in mine]
+    texts = [
+        setup.tokenizer.decode(sample.ids, skip_special_tokens=True)
+        for sample in dist.share(samples, setup.run.ranks)
+    ]
     repeated = [row for row in rows for _ in range(n)]
     return Answers(repeated, samples, dist.gather(texts, setup.run.ranks))
 
@@ -920,10 +929,9 @@ def refill(answers: Answers, draw: Callable[[int], Answers], args: Args) -> Answ
 def draw_more(setup: Setup, step: int, k: int) -> Answers:
     """Judged answers to the prompts of a batch that no step has: steps end below 10**6, and a step
     draws at most 5 times."""
-    args = setup.args
     rows = next_prompts(setup, 10**6 + 5 * step + k)
-    n = args.samples_per_prompt
-    return answer_and_judge(setup, rows, n, args.temperature, step, purpose=2 + k)
+    n = setup.args.samples_per_prompt
+    return answer_and_judge(setup, rows, n, setup.args.temperature, step, purpose=2 + k)
 
 
 def next_prompts(setup: Setup, step: int) -> list[dict]:
@@ -931,7 +939,7 @@ def next_prompts(setup: Setup, step: int) -> list[dict]:
     return data.batch(setup.source.train, step, n, setup.args.seed, setup.source.weights)
 
 
-def evaluate(setup: Setup) -> tuple[dict[str, float], Answers]:
+def evaluate(setup: Setup) -> tuple[Metrics, Answers]:
     """Metrics and all answers on held-out rows, with the same random numbers every time."""
     n = setup.args.eval_samples
     held_out = list(chain(*setup.source.test.values()))
@@ -945,9 +953,11 @@ def sync(setup: Setup, step: int) -> float:
     """New weights into the engine; then the canary: fresh answers, on whose log-probs the trainer
     must agree. Weights stale by many steps show as 0.2, bf16 as about 0.01. Returns the worst
     engine's mean |difference|."""
-    args, run, source = setup.args, setup.run, setup.source
+    args = setup.args
+    run = setup.run
     setup.engine.load(models.full_weights(setup.policy.model, args.compute_dtype))
-    rows = data.batch(source.train, step, 4 * run.ranks.world, args.seed, source.weights)
+    count = 4 * run.ranks.world
+    rows = data.batch(setup.source.train, step, count, args.seed, setup.source.weights)
     prompts = [row["ids"] for row in rows]
     limit = min(64, args.max_new_tokens)
     request = rollout.Request(prompts, 1, limit, args.temperature, step, purpose=2)
@@ -967,7 +977,7 @@ def sync(setup: Setup, step: int) -> float:
     return worst
 
 
-def evaluate_only(setup: Setup) -> list[dict]:
+def evaluate_only(setup: Setup):
     run = setup.run
     metrics, answers = evaluate(setup)
     run.open()
@@ -977,9 +987,10 @@ def evaluate_only(setup: Setup) -> list[dict]:
     return run.history
 
 
-def dry_run(setup: Setup) -> list[dict]:
+def dry_run(setup: Setup):
     """--steps 0: what do the prompts, answers and rewards look like?"""
-    args, run = setup.args, setup.run
+    args = setup.args
+    run = setup.run
     rows = next_prompts(setup, run.start)
     n = args.samples_per_prompt
     answers = answer_and_judge(setup, rows, n, args.temperature, run.start, purpose=0)
@@ -1144,7 +1155,7 @@ def train(args: Args) -> list[dict]:
 # ----------------------------------------------------------------------------------------- metrics
 
 
-def batch_metrics(batch: Batch, args: Args, run: Run) -> dict[str, float]:
+def batch_metrics(batch: Batch, args: Args, run: Run) -> Metrics:
     """Of the rollout and its update."""
     mask = batch.mask
     row = rewards.summary(batch.scored, [row["task"] for row in batch.rows])
@@ -1163,7 +1174,7 @@ def batch_metrics(batch: Batch, args: Args, run: Run) -> dict[str, float]:
     return row
 
 
-def critic_metrics(values: Tensor, returns: Tensor, mask: Tensor) -> dict[str, float]:
+def critic_metrics(values: Tensor, returns: Tensor, mask: Tensor) -> Metrics:
     """Explained variance is 1 when the critic knows every return, 0 when it is no better than a
     constant. Calibration: mean values and returns of the four quarters of each response."""
     v = values[mask]
@@ -1192,12 +1203,14 @@ def adapted(kl_coef: float, kl: float, args: Args) -> float:
     return kl_coef * (1 + error * args.batch_size / 10_000)
 
 
-def speed_metrics(batch: Batch, epochs: dict[str, int], setup: Setup) -> dict[str, float]:
+def speed_metrics(batch: Batch, epochs: dict[str, int], setup: Setup) -> Metrics:
     """Seconds and memory of the phases, how full the micro-batches were, and MFU."""
-    args, run = setup.args, setup.run
+    run = setup.run
     fed = [length - 1 for length in batch.lengths]
     passes = {trained.model: epochs[name] for name, trained in run.trained.items()}
-    fill = data.plan_summary(fed, args.max_tokens_per_microbatch * args.sp, run.ranks.rows)
+    fill = data.plan_summary(
+        fed, setup.args.max_tokens_per_microbatch * setup.args.sp, run.ranks.rows
+    )
     times = run.everywhere(run.times)
     return run.times | fill | flops.utilisation(times, passes, fed, batch.mask.sum().item())
 

@@ -103,7 +103,7 @@ class Meter:
     """Means over the tokens of all ranks: sums and counts, one reduction a step."""
 
     def __init__(self):
-        self.pairs: dict[str, Tensor] = {}  # name -> (2,) sum and count
+        self.pairs = {}  # name -> (2,) sum and count
 
     def add(self, prefix: str, **values: Tensor):
         """Of any shape, masked entries left out by the caller. Does not wait for the device."""

@@ -72,8 +72,8 @@ def load_critic(
         **SAFE,
     )
     if "score.weight" in info["missing_keys"]:
-        nn.init.zeros_(model.score.weight)
-        nn.init.zeros_(model.score.bias)
+        for p in model.score.parameters():
+            nn.init.zeros_(p)
     return shard(model, accelerator, checkpointing, offload)
 
 
@@ -152,9 +152,7 @@ def optimizer_step(trained: Trained, lr: float, max_norm: float) -> Tensor:
     breaks for a second model.)"""
     parameters = list(trained.model.parameters())
     norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-    whole = norm
-    if isinstance(norm, DTensor):
-        whole = norm.full_tensor()
+    whole = norm.full_tensor() if isinstance(norm, DTensor) else norm
     if torch.isfinite(whole):
         nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
         for group in trained.optimizer.param_groups:
@@ -164,7 +162,7 @@ def optimizer_step(trained: Trained, lr: float, max_norm: float) -> Tensor:
     return whole
 
 
-def suspects(model: nn.Module, norm: Tensor, meter: Meter) -> dict[str, Tensor]:
+def suspects(model: nn.Module, norm: Tensor, meter: Meter) -> dict[str, Tensor | None]:
     """When the norm, equal on all ranks, is not finite: this rank's sums of losses, shards of
     gradients, the norm."""
     if torch.isfinite(norm):
@@ -174,6 +172,5 @@ def suspects(model: nn.Module, norm: Tensor, meter: Meter) -> dict[str, Tensor]:
         gradient = p.grad
         if isinstance(gradient, DTensor):
             gradient = gradient.to_local()
-        if gradient is not None:
-            found[f"gradient of {name}"] = gradient
+        found[f"gradient of {name}"] = gradient
     return found | {"gradient norm": norm}

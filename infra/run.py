@@ -43,7 +43,6 @@ class Run:
 
         self.config = {}
         self.checkpoint = None  # the folder that the run goes on from
-        self.step = 0  # the one that is under way: 1, 2, ...
         self.start = 0  # steps that the weights had at first
         self.done = 0  # ... have had now
         self.saved = 0  # ... had when they were last saved
@@ -121,7 +120,6 @@ class Run:
 
     def begin_step(self, step: int):
         """Step 1, 2, ...; its clocks start with what saving after the step before took."""
-        self.step = step
         watchdog.begin_step(step)
         self.meter = dist.Meter()
         self.times = self.times_of_next_step
@@ -130,11 +128,11 @@ class Run:
     @contextmanager
     def phase(self, name: str):
         folder = None
-        if self.step == self.args.profile and name in ("forward", "update", "sync"):
+        if watchdog.NOW.step == self.args.profile and name in ("forward", "update", "sync"):
             folder = self.out / "profile"
-        with clock.timed(self.times, name):
-            with clock.profiled(folder, f"{name}_rank{self.ranks.rank}"):
-                yield
+        file = f"{name}_rank{self.ranks.rank}"
+        with clock.timed(self.times, name), clock.profiled(folder, file):
+            yield
 
     def progress(self, items):
         return watchdog.counted(items)
@@ -214,11 +212,15 @@ class Run:
         final = self.out / name
         folder = self.saver.begin(final, self.trained, self.everywhere)
         parts = checkpoint.checkpoint_parts(self.trained, self.ranks, self.tokenizer, folder)
-        metrics = {}
-        if self.history and self.history[-1]["step"] == self.done:
-            metrics = self.history[-1]
-        state = {"step": self.done, "metrics": metrics, "config": self.config}
-        state |= self.carried | {"streaks": self.streaks, "best": self.best}
+        rows = {row["step"]: row for row in self.history}
+        state = {
+            "step": self.done,
+            "metrics": rows.get(self.done, {}),
+            "config": self.config,
+            **self.carried,
+            "streaks": self.streaks,
+            "best": self.best,
+        }
         self.saver.save(final, parts, state)
         if wait:
             self.saver.wait()
@@ -255,9 +257,7 @@ def check_folder(out: Path, resume: bool):
     ours = config.exists() and '"prompts_per_step"' in config.read_text(errors="replace")
     if resume and (ours or not names):
         return
-    why = "exists: go on with --resume auto, or "
-    if resume:
-        why = "is no run folder: "
+    why = "is no run folder: " if resume else "exists: go on with --resume auto, or "
     raise ValueError(f"out={str(out)!r} {why}choose another --out; nothing is written over")
 
 
