@@ -7,7 +7,7 @@ Refuses to know: what is saved then (infra/run.py does that), hangs and signals 
 import torch
 from torch import Tensor
 
-from infra.watchdog import RANK
+from infra import watchdog
 
 # metric: (when it warns, after how many steps in a row the run stops, what it means). Edit freely
 GUARDS = {
@@ -55,7 +55,7 @@ def not_finite(**tensors: Tensor | None) -> list[str]:
         if x is None or torch.isfinite(x).all():
             continue
         bad = ~torch.isfinite(x)
-        text = f"rank {RANK}, {name}: {int(bad.sum())} of {x.numel()} not finite"
+        text = f"rank {watchdog.RANK}, {name}: {int(bad.sum())} of {x.numel()} not finite"
         if x.dim():
             text += f", first at {bad.nonzero()[0].tolist()}"
         found.append(text)
