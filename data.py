@@ -1106,7 +1106,7 @@ def write_kept(source: Source, tokenizer, out):
 GENERATED = Source(",".join(TASKS))
 
 
-def look(source: Source = GENERATED, show: int = 3, model: str = "", out: str = "") -> None:
+def look(source: Source = GENERATED, show: int = 3, model: str = "", out: str = ""):
     """What is kept of files and left out, and the first `show` rows of each task as a run would
     feed them. `model`: a folder whose tokenizer applies the template and counts; rows made by rule
     are shown without, too. OUT gets the rows of files that are kept, in the published schema, as

@@ -6,8 +6,9 @@ teaching, for debugging, and as a second opinion in the tests. Anything with the
 engine: `make_sampler` is the place to name a new one.
 Refuses to know: rewards, losses, datasets, text. Ids are never decoded and re-encoded on the way to
 the trainer.
-Left out on purpose: top_p and top_k. They change the distribution sampled from, and with it every
-ratio in the loss.
+Left out on purpose: which prompts are answered again (`refill` in ppo.py), whether the weights
+arrived (the canary of `sync`, there, too), and top_p and top_k: they change the distribution
+sampled from, and with it every ratio in the loss.
 """
 
 import gc
@@ -287,7 +288,7 @@ class VLLMSampler:
             for completion in output.outputs
         ]
 
-    def load(self, named_tensors: Iterable[tuple[str, Tensor]]) -> None:
+    def load(self, named_tensors: Iterable[tuple[str, Tensor]]):
         """New weights under their Hugging Face names, one at a time from a generator (collective
         for tp > 1: every rank iterates). vLLM fuses q/k/v, slices for its rank, casts and copies in
         place."""
@@ -295,36 +296,23 @@ class VLLMSampler:
         self.llm.apply_model(lambda model: model.load_weights(named_tensors))
         self.llm.reset_prefix_cache()
 
-    def sleep(self) -> None:
+    def sleep(self):
         """Gives weights and KV cache back to the card. Level 2 keeps no copy: `load` must come
         before `sample`."""
         if self.awake and torch.cuda.is_available():
             self.llm.sleep(level=2)
             self.awake = False
 
-    def wake(self) -> None:
+    def wake(self):
         if not self.awake:
             gc.collect()
             torch.cuda.empty_cache()  # the trainer's cached blocks are in the way
             self.llm.wake_up()
             self.awake = True
 
-    def close(self) -> None:
+    def close(self):
         """Ends the engine and, with it, torch.distributed: the last call of a run."""
         self.llm.llm_engine.engine_core.shutdown()
-
-
-@dataclass
-class Request:
-    """What the samplers are asked for, on all ranks alike. `limit` tokens each; (step, purpose)
-    choose the seeds."""
-
-    prompts: list[list[int]]
-    n: int
-    limit: int
-    temperature: float
-    step: int
-    purpose: int
 
 
 @dataclass
@@ -344,23 +332,25 @@ class Engine:
     def __post_init__(self):
         self.sampler = self.make()
 
-    def ask(self, request: Request) -> list[Sample]:
-        """n samples of each prompt, on all ranks; each rank asks for its share. They are functions
-        of (seed, step, purpose) and a prompt's place alone."""
+    def ask(
+        self,
+        prompts: list[list[int]],
+        n: int,
+        limit: int,
+        temperature: float,
+        step: int,
+        purpose: int,
+    ) -> list[Sample]:
+        """n samples of at most `limit` tokens for each prompt, on all ranks; each rank asks for its
+        share. They are functions of (seed, step, purpose) and a prompt's place alone."""
         ranks = self.ranks
-        first = ranks.rank * len(request.prompts) // ranks.world  # of this rank's share
-        seed = stream(self.seed, request.step, request.purpose) + first * request.n
+        first = ranks.rank * len(prompts) // ranks.world  # of this rank's share
+        seed = stream(self.seed, step, purpose) + first * n
         for attempt in (1, 2):
             samples, error = [], ""
             try:
-                samples = self.sampler.sample(
-                    share(request.prompts, ranks),
-                    request.n,
-                    request.limit,
-                    request.temperature,
-                    seed,
-                    self.progress,
-                )
+                mine = share(prompts, ranks)
+                samples = self.sampler.sample(mine, n, limit, temperature, seed, self.progress)
             except Exception as fault:
                 error = f"rank {ranks.rank}: {type(fault).__name__}: {fault} "
             errors = "".join(everywhere(error, ranks))
@@ -375,13 +365,13 @@ class Engine:
             f"an engine failed twice on the same prompts; what was trained is saved. {errors}"
         )
 
-    def load(self, named_tensors: Iterable[tuple[str, Tensor]]) -> None:
+    def load(self, named_tensors: Iterable[tuple[str, Tensor]]):
         self.sampler.load(named_tensors)
 
-    def sleep(self) -> None:
+    def sleep(self):
         self.sampler.sleep()
 
-    def close(self) -> None:
+    def close(self):
         """The last call of a run; afterwards there is no torch.distributed."""
         close = getattr(self.sampler, "close", None)
         if close:
@@ -525,7 +515,7 @@ class TorchSampler:
         return any(text in ending for text in self.stop)
 
     @torch.no_grad()
-    def load(self, named_tensors: Iterable[tuple[str, Tensor]]) -> None:
+    def load(self, named_tensors: Iterable[tuple[str, Tensor]]):
         mine = dict(self.model.named_parameters())
         for name, tensor in named_tensors:
             mine.pop(name).copy_(tensor)
@@ -534,13 +524,13 @@ class TorchSampler:
                 f"no new weights came for {sorted(mine)}: the engine would answer with stale ones"
             )
 
-    def sleep(self) -> None:
+    def sleep(self):
         self.model.to("cpu")
 
-    def wake(self) -> None:
+    def wake(self):
         self.model.to(self.device)
 
-    def close(self) -> None:
+    def close(self):
         if dist.is_initialized():
             dist.destroy_process_group()
 

@@ -84,7 +84,7 @@ def describe(model, tokenizer, folder: Path):
             part.save_pretrained(folder)
 
 
-def load_moments(folder: Path | None, trained: dict[str, Trained]) -> None:
+def load_moments(folder: Path | None, trained: dict[str, Trained]):
     """AdamW's moments from `checkpoint_parts`, whoever wrote them, sharded as models are now."""
     if folder is None:
         return
@@ -228,13 +228,13 @@ class Saver:
             )
         return aside
 
-    def save(self, final: Path, parts: Files, state: dict) -> None:
+    def save(self, final: Path, parts: Files, state: dict):
         """`parts`: what this rank writes; `state`: what goes into state.json."""
         self.saved = time.monotonic()
         state = json.loads(json.dumps(state))  # as it is now
         self.pending = self.pool.submit(self._write, final, parts, state)
 
-    def wait(self) -> None:
+    def wait(self):
         if self.pending:
             self.pending.result()
 

@@ -28,12 +28,12 @@ RANK = int(os.environ.get("RANK", 0))
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
 
 
-def tell(text: str) -> None:
+def tell(text: str):
     """On stderr, at once and without secrets."""
     print(hide(text), file=sys.stderr, flush=True)
 
 
-def leave(message: str) -> None:
+def leave(message: str):
     """Ends this process now: what it waits for would not let it end in order."""
     tell(message)
     os._exit(1)
@@ -62,11 +62,11 @@ class Now:
 NOW = Now()
 
 
-def begin_step(step: int) -> None:
+def begin_step(step: int):
     NOW.step = step
 
 
-def enter(phase: str) -> None:
+def enter(phase: str):
     """From here on this process is in `phase`."""
     NOW.phase = phase
     beat()
@@ -80,7 +80,7 @@ def beat():
         signal.setitimer(signal.ITIMER_REAL, 1.5 * NOW.limit)
 
 
-def saw_length(tokens: int) -> None:
+def saw_length(tokens: int):
     """How long the longest sequence of the step is: told when memory runs out."""
     NOW.longest = tokens
 
@@ -193,7 +193,7 @@ class Watch(threading.Thread):
             return json.loads(self.store.get(key))
         return {}
 
-    def fail(self, error: Exception) -> None:
+    def fail(self, error: Exception):
         """Ends this rank, with the error if it is the first that failed: interpreters that end in
         order would wait for collectives that nobody joins."""
         failure = self.read("failed")

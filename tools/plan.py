@@ -471,7 +471,7 @@ def plan_of_run(policy, critic, args, ranks: int, card_gb: float | None, cuda: b
     return plan.text
 
 
-def main(words: list[str]) -> None:
+def main(words: list[str]):
     """A command line of ppo.py that has `--plan GPUS GB` anywhere in it."""
     at = words.index("--plan")
     asked = words[at : at + 3]

@@ -42,11 +42,11 @@ class Replay:
     def progress(self, items):
         return items
 
-    def check_finite(self, batch, update: dict | None = None, **tensors) -> None:
+    def check_finite(self, batch, update: dict | None = None, **tensors):
         for texts in dist.everywhere(not_finite(**tensors), self.ranks):
             self.faults += texts
 
-    def say(self, text: str) -> None:
+    def say(self, text: str):
         if self.ranks.rank == 0:
             print(text, flush=True)
 

@@ -665,7 +665,7 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
-def main() -> None:
+def main():
     args = parse_args()
     try:
         if args.watch:

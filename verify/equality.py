@@ -863,7 +863,7 @@ x^2+y^2=4 y=2x+1 f(x)=x^2 a_n=2n+1 [0,1)\cup(2,\infty) \{1,2\} 1,2,3 (1,2,3) x\n
 \sin30^\circ"""
 
 
-def warm_up() -> None:
+def warm_up():
     """What every math process has behind it: the parser builds its tables, and sympy imports, at
     the first use."""
     for s in WARM_UP.split():
