@@ -26,6 +26,9 @@ from torch.nn.utils.rnn import pad_sequence
 
 from infra.dist import Ranks, everywhere, gather, share
 
+Prompts = list[list[int]]  # token ids
+Weights = Iterable[tuple[str, Tensor]]  # by their Hugging Face names
+
 
 class Sample(NamedTuple):
     """One response."""
@@ -50,9 +53,7 @@ class Rollout(NamedTuple):
     lengths: list[int]  # B, prompt + response
 
 
-def collate(
-    prompts: list[list[int]], samples: list[Sample], device: torch.device | str = "cpu"
-) -> Rollout:
+def collate(prompts: Prompts, samples: list[Sample], device: torch.device | str = "cpu") -> Rollout:
     """One row for each (prompt, sample) pair."""
     ids, mask, logprobs = [], [], []
     for prompt, sample in zip(prompts, samples, strict=True):
@@ -235,7 +236,7 @@ class VLLMSampler:
 
     def sample(
         self,
-        prompts: list[list[int]],
+        prompts: Prompts,
         n: int,
         max_new_tokens: int,
         temperature: float,
@@ -288,7 +289,7 @@ class VLLMSampler:
             for completion in output.outputs
         ]
 
-    def load(self, named_tensors: Iterable[tuple[str, Tensor]]):
+    def load(self, named_tensors: Weights):
         """New weights under their Hugging Face names, one at a time from a generator (collective
         for tp > 1: every rank iterates). vLLM fuses q/k/v, slices for its rank, casts and copies in
         place."""
@@ -334,7 +335,7 @@ class Engine:
 
     def ask(
         self,
-        prompts: list[list[int]],
+        prompts: Prompts,
         n: int,
         limit: int,
         temperature: float,
@@ -365,7 +366,7 @@ class Engine:
             f"an engine failed twice on the same prompts; what was trained is saved. {errors}"
         )
 
-    def load(self, named_tensors: Iterable[tuple[str, Tensor]]):
+    def load(self, named_tensors: Weights):
         self.sampler.load(named_tensors)
 
     def sleep(self):
@@ -434,7 +435,7 @@ class TorchSampler:
     @torch.no_grad()
     def sample(
         self,
-        prompts: list[list[int]],
+        prompts: Prompts,
         n: int,
         max_new_tokens: int,
         temperature: float,
@@ -515,7 +516,7 @@ class TorchSampler:
         return any(text in ending for text in self.stop)
 
     @torch.no_grad()
-    def load(self, named_tensors: Iterable[tuple[str, Tensor]]):
+    def load(self, named_tensors: Weights):
         mine = dict(self.model.named_parameters())
         for name, tensor in named_tensors:
             mine.pop(name).copy_(tensor)

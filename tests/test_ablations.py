@@ -591,7 +591,7 @@ def new_dataset(ran: Ran) -> None:
     assert shown and {s["id"] for s in shown} <= ids
 
 
-FIFTH = """    def close(self) -> None:
+FIFTH = """    def close(self):
         if dist.is_initialized():
             dist.destroy_process_group()
 
