@@ -27,18 +27,20 @@ import random
 import re
 import subprocess
 import sys
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache, partial
 from importlib.metadata import version
+from itertools import product
 from operator import add, mul, sub, truediv
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 HERE = Path(__file__).resolve().parent
 Each = tuple[str, ...]  # one for all sources, or one for each
+Prompt = str | list[dict]  # text for a base model, or chat messages
 
 
 @dataclass
@@ -93,7 +95,7 @@ INSTRUCTIONS = {
 }
 
 
-def ask_countdown(numbers: list[int], target: int, template: str) -> str | list[dict]:
+def ask_countdown(numbers: list[int], target: int, template: str) -> Prompt:
     listed = ", ".join(map(str, numbers))
     if template == "chat":
         text = CHAT_COUNTDOWN.format(numbers=listed, target=target)
@@ -101,7 +103,7 @@ def ask_countdown(numbers: list[int], target: int, template: str) -> str | list[
     return BASE_COUNTDOWN.format(numbers=listed, target=target)
 
 
-def instruction(task: str) -> tuple[str, str]:
+def instruction(task: str):
     """The entry of a task in INSTRUCTIONS; ValueError: there is none."""
     name = task.partition(":")[0]
     if name not in INSTRUCTIONS:
@@ -113,20 +115,19 @@ def instruction(task: str) -> tuple[str, str]:
     return INSTRUCTIONS[name]
 
 
-def ask(messages: list[dict], task: str, template: str) -> str | list[dict]:
+def ask(messages: list[dict], task: str, template: str) -> Prompt:
     """Messages with the instruction that the reward of the task needs; for a base model one plain
     text that it can go on with."""
     mark, sentence = instruction(task)
     *before, last = messages
     if mark not in last["content"]:
-        last = last | {"content": last["content"] + sentence}
-    messages = [*before, last]
+        messages = [*before, last | {"content": last["content"] + sentence}]
     if template == "chat":
         return messages
     return "\n\n".join(message["content"] for message in messages) + BASE_ENDING
 
 
-def encode(prompts: list[str | list[dict]], tokenizer) -> list[list[int]]:
+def encode(prompts: list[Prompt], tokenizer) -> list[list[int]]:
     """Token ids of the prompts, as engine and trainer get them; the chat template is applied here,
     never in files. ValueError: the template refuses a prompt."""
     if not prompts:
@@ -134,20 +135,24 @@ def encode(prompts: list[str | list[dict]], tokenizer) -> list[list[int]]:
     begin = ""
     if tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]:
         begin = tokenizer.bos_token
-    # Llama's template would say today's date, and tomorrow's rows would differ
-    options = {"add_generation_prompt": True, "tokenize": False, "date_string": "26 Jul 2024"}
     texts = []
     for prompt in prompts:
         if isinstance(prompt, str):
             texts.append(begin + prompt)
             continue
         try:
-            texts.append(tokenizer.apply_chat_template(prompt, **options))
+            text = tokenizer.apply_chat_template(
+                prompt,
+                add_generation_prompt=True,
+                tokenize=False,
+                date_string="26 Jul 2024",  # of today in Llama's: tomorrow's rows would differ
+            )
         except Exception as error:  # jinja's, and those that templates raise
             raise ValueError(
                 f"{tokenizer.name_or_path!r}: its chat template refuses a prompt: {error}: "
                 "try --system_prompt drop, or --template base"
             ) from error
+        texts.append(text)
     return tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
 
 
@@ -161,13 +166,17 @@ def cache_folder() -> Path:
     return Path(os.environ.get("HF_DATASETS_CACHE", Path(HF_HOME, "datasets")))
 
 
-def remembered(what: str, make: Callable, *key: str):
+def digest(*key):
+    """The name of what follows from the key."""
+    return hashlib.sha256("\n".join(key).encode()).hexdigest()[:32]
+
+
+def remembered(what: str, make: Callable, *key):
     """make(), something that JSON can hold, from a file that is named by a hash of the key. Of
     several ranks that start at once the first makes it, and the others wait and read."""
     from filelock import FileLock
 
-    name = hashlib.sha256("\n".join(key).encode()).hexdigest()[:32]
-    file = cache_folder() / f"ppo-{what}-{name}.json"
+    file = cache_folder() / f"ppo-{what}-{digest(*key)}.json"
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
     except OSError:  # nothing can be kept here
@@ -183,21 +192,22 @@ def remembered(what: str, make: Callable, *key: str):
     return made
 
 
-def this_code() -> str:
-    """A part of most keys: whatever is edited in this file, nothing old is taken for new."""
-    return Path(__file__).read_text()
+# a part of most keys: whatever is edited in this file, nothing old is taken for new
+THIS_CODE = Path(__file__).read_text()
 
 
 def identity(tokenizer) -> str:
     """All that token ids depend on."""
-    settings = f"{tokenizer.chat_template} {tokenizer.special_tokens_map}"
-    return f"{tokenizer.backend_tokenizer.to_str()}\n{settings}"
+    return (
+        f"{tokenizer.backend_tokenizer.to_str()}\n"
+        f"{tokenizer.chat_template} {tokenizer.special_tokens_map}"
+    )
 
 
 # -------------------------------------------------------------------------------- rows made by rule
 
 
-def random_value(rng: random.Random, numbers: list[int]) -> Fraction:
+def random_value(rng, numbers):
     """The value of a random expression that uses each number once."""
     values = [Fraction(n) for n in numbers]
     while len(values) > 1:  # combine two of them until one value is left
@@ -210,24 +220,19 @@ def random_value(rng: random.Random, numbers: list[int]) -> Fraction:
     return values[0]
 
 
-def countdown_problems(split: str, seed: int, sizes, max_number: int, count: int) -> list:
+def countdown_problems(split, seed, sizes, max_number, count):
     """[[numbers, target], ...], distinct, with a whole target in 1..100. 20,000 take 2 to 3 s."""
     rng = random.Random(f"countdown {split} {seed}")
-    problems, seen = [], set()
+    problems = {}
     while len(problems) < count:
         numbers = [rng.randint(1, max_number) for _ in range(rng.choice(sizes))]
-        digest = hashlib.sha256(repr(sorted(numbers)).encode()).digest()
-        held_out = digest[0] % 10 == 0  # whatever the seed
-        if held_out != (split == "test"):
-            continue
-        target = random_value(rng, numbers)
-        if target.denominator != 1 or not 1 <= target <= 100:
-            continue
-        problem = (*sorted(numbers), -target)
-        if problem not in seen:
-            seen.add(problem)
-            problems.append([numbers, int(target)])
-    return problems
+        # one set of numbers in ten, whatever the seed
+        held_out = hashlib.sha256(repr(sorted(numbers)).encode()).digest()[0] % 10 == 0
+        if held_out == (split == "test"):
+            target = random_value(rng, numbers)
+            if target.denominator == 1 and 1 <= target <= 100:
+                problems.setdefault((*sorted(numbers), target), [numbers, int(target)])
+    return list(problems.values())
 
 
 def countdown(
@@ -236,27 +241,30 @@ def countdown(
     """`train` distinct problems, or 1,024 for the test split, with numbers in 1..max_number and a
     whole target in 1..100. Solvable by construction: the target is the value of a random
     expression over the numbers."""
-    count = 1_024
-    if split == "train":
-        count = train
-    rule = (split, seed, sizes, max_number, count)
-    make = partial(countdown_problems, *rule)
-    rows = []
-    for numbers, target in remembered("countdown", make, repr(rule), this_code()):
-        prompt = ask_countdown(numbers, target, template)
-        answer = {"numbers": numbers, "target": target}
-        name = f"countdown-{split}-{len(rows)}"
-        rows.append({"task": "countdown", "prompt": prompt, "answer": answer, "id": name})
-    return rows
+    rule = (split, seed, sizes, max_number, train if split == "train" else 1_024)
+    problems = remembered("countdown", partial(countdown_problems, *rule), repr(rule), THIS_CODE)
+    return [
+        {
+            "task": "countdown",
+            "prompt": ask_countdown(numbers, target, template),
+            "answer": {"numbers": numbers, "target": target},
+            "id": f"countdown-{split}-{n}",
+        }
+        for n, (numbers, target) in enumerate(problems)
+    ]
 
 
 def in_words(task: str, name: str, answers: dict, template: str) -> list[dict]:
     """Rows out of {question: answer}, asked as the reward of the task needs it."""
-    rows = []
-    for question, answer in answers.items():
-        prompt = ask([{"role": "user", "content": question}], task, template)
-        rows.append({"task": task, "prompt": prompt, "answer": answer, "id": f"{name}-{len(rows)}"})
-    return rows
+    return [
+        {
+            "task": task,
+            "prompt": ask([{"role": "user", "content": question}], task, template),
+            "answer": answer,
+            "id": f"{name}-{n}",
+        }
+        for n, (question, answer) in enumerate(answers.items())
+    ]
 
 
 # in its own process: some tasks use the global random state
@@ -268,7 +276,7 @@ found = {p["question"]: base64.b64encode(pickle.dumps(p)).decode() for p in prob
 print("\\n" + json.dumps(found))"""
 
 
-def gym_problems(name: str, seed: int, size: int) -> dict[str, str]:
+def gym_problems(name, seed, size):
     """{question: problem}, equal on all ranks, whatever the order of sets."""
     done = subprocess.run(
         [sys.executable, "-c", GYM, name, str(seed), str(size)],
@@ -277,8 +285,9 @@ def gym_problems(name: str, seed: int, size: int) -> dict[str, str]:
         text=True,
     )
     if done.returncode:
-        advice = "pip install reasoning-gym and use one of its tasks"
-        raise ValueError(f"task=rg:{name}: {done.stderr[-300:]}{advice}")
+        raise ValueError(
+            f"task=rg:{name}: {done.stderr[-300:]}pip install reasoning-gym and use one of its tasks"
+        )
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -287,9 +296,12 @@ def gym(name: str, split: str, seed: int, template: str) -> list[dict]:
     know the seed."""
     problems = test = gym_problems(name, 0, 256)
     if split == "train":
-        made = gym_problems(name, seed + 1, 2_000)
-        problems = {question: made[question] for question in made if question not in test}
-    answers = {question: {"name": name, "entry": problems[question]} for question in problems}
+        problems = gym_problems(name, seed + 1, 2_000)
+    answers = {
+        question: {"name": name, "entry": problem}
+        for question, problem in problems.items()
+        if split == "test" or question not in test
+    }
     return in_words(f"rg:{name}", f"{name}-{split}", answers, template)
 
 
@@ -307,19 +319,15 @@ class BadRow(ValueError):
     """Why a row is left out, in words that many rows share."""
 
 
-def need(ok, reason: str) -> None:
+def need(ok, reason):
     if not ok:
         raise BadRow(reason)
 
 
-def parse_json(text: str, reason: str):
+def parse_json(text, reason):
     """What a text holds as strict JSON; BadRow: it is none."""
-
-    def refuse(constant: str):  # NaN, Infinity
-        raise BadRow(reason)
-
     try:
-        return json.loads(text, parse_constant=refuse)
+        return json.loads(text, parse_constant=partial(need, False))  # NaN, Infinity
     except (ValueError, RecursionError):
         raise BadRow(reason) from None
 
@@ -331,15 +339,11 @@ def math_answer(given) -> str:
     """LaTeX from an answer, or from a solution that ends with it: "#### 72" (GSM8K) or \\boxed{72}
     (MATH)."""
     need(given not in (None, ""), "no answer")
-    mistyped = "answer of the wrong type"
-    need(isinstance(given, str | int | float) and not isinstance(given, bool), mistyped)
-    if isinstance(given, float):
-        need(math.isfinite(given), mistyped)
+    typed = type(given) in (str, int) or (isinstance(given, float) and math.isfinite(given))
+    need(typed, "answer of the wrong type")
     text = str(given).rpartition("####")[2]
     if "\\boxed{" in text:
-        boxes = BOXED.findall(text)
-        need(boxes, "no answer")
-        text = boxes[-1]
+        text = ["", *BOXED.findall(text)][-1]
     need(text.strip(), "no answer")
     return text.strip()
 
@@ -347,9 +351,7 @@ def math_answer(given) -> str:
 def code_answer(given) -> dict:
     """{"inputs", "outputs", "fn_name"} from the same, perhaps as JSON text; the tests are what
     rewards.code can run."""
-    tests = given
-    if isinstance(given, str):
-        tests = parse_json(given, "tests are no JSON")
+    tests = parse_json(given, "tests are no JSON") if isinstance(given, str) else given
     mistyped = "tests of the wrong type"
     need(given, "no tests")
     need(isinstance(tests, dict), mistyped)
@@ -357,47 +359,30 @@ def code_answer(given) -> dict:
     outputs = tests.get("outputs")
     name = tests.get("fn_name") or None
     need(inputs and outputs, "no tests")
-    need(isinstance(inputs, list) and isinstance(outputs, list), mistyped)
-    need(isinstance(name, str | None), mistyped)
+    typed = isinstance(inputs, list) and isinstance(outputs, list) and isinstance(name, str | None)
+    need(typed, mistyped)
     need(len(inputs) == len(outputs), "unequal numbers of inputs and outputs")
-    if name is None:
-        check_streams(inputs + outputs, mistyped)
-    else:
-        check_calls(inputs, outputs, mistyped)
+    if name is None:  # text on stdin and stdout, or a list of its lines
+        for stream in inputs + outputs:
+            lines = stream if isinstance(stream, list) else [stream]
+            need(all(isinstance(line, str) for line in lines), mistyped)
+    else:  # arguments as JSON, one a line, or in a list; a result as JSON
+        need(all(isinstance(arguments, str | list) for arguments in inputs), mistyped)
+        lines = "\n".join(text for text in inputs if isinstance(text, str)).split("\n")
+        results = [text for text in outputs if isinstance(text, str)]
+        for text in [*filter(str.strip, lines), *results]:
+            parse_json(text, "tests are no JSON")
     return {"inputs": inputs, "outputs": outputs, "fn_name": name}
-
-
-def check_streams(streams: list, mistyped: str) -> None:
-    """Text on stdin and stdout, or a list of its lines."""
-    for stream in streams:
-        lines = stream if isinstance(stream, list) else [stream]
-        need(all(isinstance(line, str) for line in lines), mistyped)
-
-
-def check_calls(inputs: list, outputs: list, mistyped: str) -> None:
-    """Arguments as JSON, one a line, or in a list; a result as JSON."""
-    need(all(isinstance(arguments, str | list) for arguments in inputs), mistyped)
-    for arguments in inputs:
-        if isinstance(arguments, str):
-            for line in arguments.split("\n"):
-                if line.strip():
-                    parse_json(line, "tests are no JSON")
-    for result in outputs:
-        if isinstance(result, str):
-            parse_json(result, "tests are no JSON")
 
 
 def countdown_answer(given) -> dict:
     """{"numbers": [int, ...], "target": int} from the same."""
-    absent = "no numbers or no target"
-    need(isinstance(given, dict), absent)
-    numbers = given.get("numbers")
-    target = given.get("target")
-    need(numbers is not None and target is not None, absent)
-    mistyped = "numbers or target of the wrong type"
-    need(isinstance(numbers, list) and numbers, mistyped)
-    need(all(type(n) is int for n in [*numbers, target]), mistyped)
-    return {"numbers": numbers, "target": target}
+    match given:
+        case {"numbers": numbers, "target": target} if None not in (numbers, target):
+            whole = isinstance(numbers, list) and all(type(n) is int for n in [*numbers, target])
+            need(numbers and whole, "numbers or target of the wrong type")
+            return {"numbers": numbers, "target": target}
+    raise BadRow("no numbers or no target")
 
 
 # task -> answer of a row from what a file gives, or BadRow: the tasks that are read from files
@@ -405,81 +390,66 @@ ANSWERS = {"math": math_answer, "code": code_answer, "countdown": countdown_answ
 # task -> hub id that is read without --data; the others need one, or are made by rule (TASKS)
 DEFAULTS = {"math": "PRIME-RL/Eurus-2-RL-Data", "code": "PRIME-RL/Eurus-2-RL-Data"}
 
-# -------------------------------------------------------------------- one reader a published schema
+# -------------------------------------------------------------------- ------- the published schemas
+
+
+class Place(NamedTuple):
+    """What the flags say of a source; "": nothing."""
+
+    data: str
+    prompt_column: str
+    answer_column: str
+    train_split: str
+    test_split: str
+    data_config: str
+
 
 PROMPT_COLUMNS = ("prompt", "question", "problem", "instruction")  # the first that there is
 ANSWER_COLUMNS = ("answer", "solution", "final_answer", "ground_truth", "expected_answer")
 
 
-@dataclass
-class Found:
-    """What a row of a file says, whatever its schema."""
-
-    task: str | None  # None: it does not say
-    prompt: object  # text or messages, as they are there
-    answer: object  # as it is there, for the function in ANSWERS
-
-
-def first(raw: dict, columns: Sequence[str]):
+def first(raw, columns):
     for name in columns:
         if raw.get(name) is not None:
             return raw[name]
     return None
 
 
-def named_task(raw: dict) -> str | None:
+def named_task(raw, default):
     for name in ("task", "ability"):
         if name in raw:
             return str(raw[name]).lower()
+    return default
+
+
+def tinyzero(raw):
+    """The problem of a row of Countdown-Tasks-3to4, {"target": 98, "nums": [44, 19, 35]}, or of the
+    files that TinyZero makes of it: those have the two as ground truth, and say "ability": "math".
+    None: a row of something else."""
+    match raw:
+        case {"reward_model": {"ground_truth": {"target": _} as truth}}:
+            raw = raw | truth
+        case _ if named_task(raw, "countdown") != "countdown":
+            return None
+    match raw:
+        case {"target": target, "numbers": numbers} | {"target": target, "nums": numbers}:
+            return {"numbers": numbers, "target": target}
     return None
 
 
-def ground_truth(raw: dict):
-    rule = raw.get("reward_model")
-    return rule.get("ground_truth") if isinstance(rule, dict) else None
+def published_answer(raw):
+    """What a row says of its answer, for the function in ANSWERS."""
+    match raw:
+        # Eurus-2-RL-Data of PRIME, and whatever has veRL's schema
+        case {"reward_model": {"ground_truth": truth}} if truth is not None:
+            return truth
+        case {"inputs": _}:  # tests in columns: "inputs", "outputs", "fn_name"
+            return raw
+    # GSM8K ("question", "answer"), MATH ("problem", "solution"), and files of your own
+    return first(raw, ANSWER_COLUMNS)
 
 
-def read_tinyzero(raw: dict) -> Found | None:
-    """Countdown-Tasks-3to4, {"target": 98, "nums": [44, 19, 35]}, and the files that TinyZero makes
-    of it: those have the two as ground truth, and say "ability": "math". The wording is ours."""
-    truth = ground_truth(raw)
-    if isinstance(truth, dict) and "target" in truth:
-        raw = raw | truth
-    elif named_task(raw) not in (None, "countdown"):
-        return None
-    if "target" not in raw or not ("numbers" in raw or "nums" in raw):
-        return None
-    numbers = raw.get("numbers", raw.get("nums"))
-    return Found("countdown", None, {"numbers": numbers, "target": raw["target"]})
-
-
-def read_eurus(raw: dict) -> Found | None:
-    """Eurus-2-RL-Data of PRIME, and whatever has veRL's schema: messages, "ability" and
-    {"reward_model": {"ground_truth": answer, or tests as JSON}}."""
-    truth = ground_truth(raw)
-    if truth is None:
-        return None
-    return Found(named_task(raw), first(raw, PROMPT_COLUMNS), truth)
-
-
-def read_programs(raw: dict) -> Found | None:
-    """A question with its tests in columns: "inputs", "outputs", "fn_name"."""
-    if "inputs" not in raw:
-        return None
-    return Found(named_task(raw), first(raw, PROMPT_COLUMNS), raw)
-
-
-def read_plain(raw: dict) -> Found:
-    """A question and an answer, by the usual names of columns: GSM8K ("question", "answer"), MATH
-    ("problem", "solution"), and files of your own."""
-    return Found(named_task(raw), first(raw, PROMPT_COLUMNS), first(raw, ANSWER_COLUMNS))
-
-
-# the first that sees a row of a wanted task
-SCHEMAS = (read_tinyzero, read_eurus, read_programs, read_plain)
-
-
-def parse_line(raw: dict) -> dict:
+def parse_line(raw):
     """A row of a file; that of a JSONL file comes as {"text": line}."""
     if list(raw) != ["text"]:
         return raw
@@ -492,7 +462,7 @@ def parse_line(raw: dict) -> dict:
     return parsed
 
 
-def conversation(prompt) -> list[dict]:
+def conversation(prompt):
     """Messages, the last of them a question, from messages or a text."""
     need(prompt is not None, "no prompt")
     if isinstance(prompt, str):
@@ -500,79 +470,74 @@ def conversation(prompt) -> list[dict]:
     mistyped = "prompt neither text nor messages"
     need(isinstance(prompt, list), mistyped)
     for message in prompt:
-        need(isinstance(message, dict), mistyped)
-        need(isinstance(message.get("role"), str), mistyped)
-        need(isinstance(message.get("content"), str), mistyped)
-    asks = prompt and prompt[-1]["role"] == "user" and prompt[-1]["content"].strip()
-    need(asks, "no question in the prompt")
-    return prompt
+        match message:
+            case {"role": str(), "content": str()}:
+                pass
+            case _:
+                raise BadRow(mistyped)
+    match prompt:
+        case [*_, {"role": "user", "content": question}] if question.strip():
+            return prompt
+    raise BadRow("no question in the prompt")
 
 
-def read(
-    raw: dict, number: int, split: str, wanted: list[str], columns: dict[str, str], source: Source
-) -> dict:
+def read(raw, number, split, wanted, place: Place, source: Source):
     """A row of ours from row `number` of a file, in any of the published schemas; BadRow when there
-    is none in it. `columns`: {"prompt": name, "answer": name} of those that a flag names."""
+    is none in it."""
     raw = parse_line(raw)
-    for name, column in columns.items():
-        need(column in raw, f"no column {column!r}")
-        raw = raw | {name: raw[column]}
-    schemas = SCHEMAS
-    if "answer" in columns:  # a column that is named is read, whatever else there is
-        schemas = (read_plain,)
-    for schema in schemas:
-        found = schema(raw)
-        if found is not None and found.task in (None, *wanted):
-            break
-    task = found.task
-    if task is None:
-        task = wanted[0]
+    for name, column in (("prompt", place.prompt_column), ("answer", place.answer_column)):
+        if column:
+            need(column in raw, f"no column {column!r}")
+            raw = raw | {name: raw[column]}
+    task = named_task(raw, wanted[0])
+    if place.answer_column:  # a column that is named is read, whatever else there is
+        given = first(raw, ANSWER_COLUMNS)
+    else:
+        given = published_answer(raw)
+        problem = tinyzero(raw)
+        if problem and "countdown" in wanted:
+            task, given = "countdown", problem
     if task not in wanted:
         raise BadRow(f"task {task} not asked for" if task.isidentifier() else "task not asked for")
-    row = {
+    if task == "countdown":
+        answer = countdown_answer(given)
+        prompt = ask_countdown(**answer, template=source.template)
+        asked = str(answer)
+    else:
+        messages = conversation(first(raw, PROMPT_COLUMNS))
+        answer = ANSWERS[task](given)
+        spoken = [message for message in messages if message["role"] != "system"]
+        asked = "\n".join(message["content"] for message in spoken)
+        if source.system_prompt != "keep":
+            messages = spoken
+        if source.system_prompt not in ("keep", "drop"):
+            messages = [{"role": "system", "content": source.system_prompt}, *messages]
+        # UnicodeError: half of a surrogate pair, from a JSON escape
+        json.dumps([messages, answer], ensure_ascii=False).encode()
+        prompt = ask(messages, task, source.template)
+    return {
         "task": task,
         "source": str(raw.get("data_source") or task),
         "id": f"{task}-{split}-{number}",
+        "prompt": prompt,
+        "answer": answer,
+        "asked": asked,
     }
-    if task == "countdown":
-        answer = countdown_answer(found.answer)
-        prompt = ask_countdown(answer["numbers"], answer["target"], source.template)
-        return row | {"prompt": prompt, "answer": answer, "asked": str(answer)}
-    messages = conversation(found.prompt)
-    answer = ANSWERS[task](found.answer)
-    spoken = [message for message in messages if message["role"] != "system"]
-    asked = "\n".join(message["content"] for message in spoken)
-    if source.system_prompt != "keep":
-        messages = spoken
-    if source.system_prompt not in ("keep", "drop"):
-        messages = [{"role": "system", "content": source.system_prompt}, *messages]
-    # UnicodeError: half of a surrogate pair, from a JSON escape
-    json.dumps([messages, answer], ensure_ascii=False).encode()
-    prompt = ask(messages, task, source.template)
-    return row | {"prompt": prompt, "answer": answer, "asked": asked}
 
 
 # --------------------------------------------------------------------------------- files and splits
 
 TINYZERO = 327_680, 1_024  # rows of Countdown-Tasks-3to4 for training, and the next for testing
-# name of a file -> builder of datasets; lines are parsed here, with names
-FILES = {".parquet": "parquet", ".jsonl": "text"}
+# end of a file's name -> how datasets reads it; lines are parsed here, with names
+FILES = {
+    ".parquet": {"path": "parquet"},
+    ".jsonl": {"path": "text", "encoding_errors": "replace"},
+}
+CONFIGS = {"openai/gsm8k": "main"}  # of the hub, by default
 HELD_OUT = ("validation", "test", "val", "dev")  # the split to evaluate on, the first that there is
 
 
-@dataclass(frozen=True)
-class Place:
-    """A source, and what the flags say of it; "": nothing."""
-
-    path: str
-    prompt_column: str
-    answer_column: str
-    train_split: str
-    test_split: str
-    config: str
-
-
-def one_each(flag: str, source: Source, readers: list[str]) -> list[str]:
+def one_each(flag, source: Source, readers):
     """What a flag says of the source of each task in `readers`: nothing, the same of all, or of
     each its own."""
     given = getattr(source, flag)
@@ -581,25 +546,23 @@ def one_each(flag: str, source: Source, readers: list[str]) -> list[str]:
             f"{flag}={list(given)} for task={source.task}: give one, or one for each of the "
             f"{len(readers)} tasks that read files (--data): {', '.join(readers)}"
         )
-    if len(given) == len(readers):
-        return list(given)
-    return list(given or [""]) * len(readers)
+    if len(given) < 2:
+        given = (given or ("",)) * len(readers)
+    return given
 
 
-def places(names: list[str], source: Source) -> dict[Place, list[str]]:
+def places(names, source: Source):
     """{place: tasks whose rows are read there}; tasks that are made by rule are in none."""
-    readers = [name for name in names if name in ANSWERS]
-    if not source.data:
-        readers = [name for name in readers if name not in TASKS]
-    flags = ("data", "prompt_column", "answer_column", "train_split", "test_split", "data_config")
+    readers = [name for name in names if name in ANSWERS and (source.data or name not in TASKS)]
+    said = [one_each(flag, source, readers) for flag in Place._fields]
     found = {}
-    for name, path, *said in zip(readers, *(one_each(flag, source, readers) for flag in flags)):
-        path = path or DEFAULTS.get(name)
-        if not path:
+    for name, where, *more in zip(readers, *said):
+        where = where or DEFAULTS.get(name)
+        if not where:
             raise ValueError(
                 f"task={source.task!r}: rows of {name} are in a file: say which, --data"
             )
-        found.setdefault(Place(path, *said), []).append(name)
+        found.setdefault(Place(where, *more), []).append(name)
     return found
 
 
@@ -607,23 +570,22 @@ class Rows(Sequence):
     """Rows of one file or several, read when asked for: tests of programs come to gigabytes and
     stay on disk."""
 
-    def __init__(self, table, prepared, reader, chosen: list[int]):
+    def __init__(self, table, prepared, reader, chosen):
         self.table = table
         self.prepared = prepared
         self.reader = reader
         self.chosen = chosen
 
-    def __len__(self) -> int:
+    def __len__(self):
         return len(self.chosen)
 
     def __getitem__(self, i):
         index = self.chosen[i]
-        ids = self.prepared[index]["ids"]
-        return self.reader(self.table[index], index + 1) | {"ids": ids}
+        row = self.reader(self.table[index], index + 1)
+        return row | {"ids": self.prepared[index]["ids"]}
 
 
-@dataclass
-class Split:
+class Split(NamedTuple):
     """One split of one source."""
 
     path: str
@@ -635,20 +597,25 @@ class Split:
     asked: list[int]  # a hash of the question
     dropped: list[str]  # why a row is left out, or ""
 
-    def rows(self, task: str) -> Rows:
-        chosen = []
-        for i, why in enumerate(self.dropped):
-            if not why and self.tasks[i] == task:
-                chosen.append(i)
+    def rows(self, task):
+        rows = zip(self.tasks, self.dropped)
+        chosen = [i for i, row in enumerate(rows) if row == (task, "")]
         return Rows(self.table, self.prepared, self.reader, chosen)
 
-    def report(self) -> str:
+    def drop(self, values, bad, why):
+        """Leaves out the rows whose value, of one for each row, is in `bad`."""
+        for i, value in enumerate(values):
+            if value in bad and not self.dropped[i]:
+                self.dropped[i] = why
+
+    def report(self):
         """Rows, kept and dropped, of every data_source; and how many for which reason, with the
         first of them."""
-        counts, first_row = {}, {}
-        for i, (where, why) in enumerate(zip(self.prepared["source"], self.dropped)):
-            counts.setdefault(where, Counter())[why] += 1
-            first_row.setdefault((where, why), i + 1)
+        counts = defaultdict(Counter)
+        first_row = {}
+        for number, (where, why) in enumerate(zip(self.prepared["source"], self.dropped), 1):
+            counts[where][why] += 1
+            first_row.setdefault((where, why), number)
         lines = [f"{self.path}, {self.name}:".ljust(28) + "      rows      kept   dropped"]
         for where, count in sorted(counts.items()):
             total = count.total()
@@ -657,37 +624,26 @@ class Split:
             for why, n in count.most_common():
                 lines.append(f"    {n:,} {why} (first: row {first_row[where, why]:,})")
         if len(lines) > 200:  # data_source may differ in every row
-            lines = [*lines[:200], "  ..."]
+            lines[200:] = ["  ..."]
         return "\n".join(lines)
 
 
-@dataclass
-class Opened:
-    """One source, with the tasks whose rows are read there."""
-
-    tasks: list[str]
-    train: Split
-    test: Split
-
-
-def files_of(place: Place) -> dict[str, list[Path]]:
+def files_of(place: Place, where: Path):
     """{split: files}, where the source is a file or a folder, or its test split is a file."""
-    where = Path(place.path).expanduser()
     files = {}
     if where.suffix in FILES:
         files["train"] = [where]
     if where.is_dir():
         present = [p for p in sorted(where.rglob("[!.]*")) if p.suffix in FILES and p.is_file()]
-        names = dict.fromkeys(["train", *HELD_OUT, place.train_split, place.test_split])
-        for name in names:
-            if name:
-                files[name] = [p for p in present if p.name.startswith(name)]
-    if Path(place.test_split).suffix in FILES:
-        files[place.test_split] = [Path(place.test_split).expanduser()]
+        for name in filter(None, ["train", *HELD_OUT, place.train_split, place.test_split]):
+            files[name] = [p for p in present if p.name.startswith(name)]
+    test = Path(place.test_split)
+    if test.suffix in FILES:
+        files[place.test_split] = [test.expanduser()]
     return files
 
 
-def open_tables(place: Place, progress: bool) -> dict:
+def open_tables(place: Place, progress):
     """{"train": table, perhaps "test": table} of a file, a folder of files or a hub id, with the
     rows on disk."""
     import datasets
@@ -696,54 +652,45 @@ def open_tables(place: Place, progress: bool) -> dict:
         datasets.enable_progress_bars()
     else:
         datasets.disable_progress_bars()
-    where = Path(place.path).expanduser()
+    where = Path(place.data).expanduser()
     tables = {}
     try:
-        files = files_of(place)
+        files = files_of(place, where)
         for split, found in files.items():
             for where in found:
-                kind = FILES.get(where.suffix, "text")
-                more = {"encoding_errors": "replace"} if kind == "text" else {}
                 part = datasets.load_dataset(
-                    kind, data_files=glob.escape(str(where)), split="train", **more
+                    **FILES[where.suffix], data_files=glob.escape(str(where)), split="train"
                 )
                 if split in tables:
                     part = datasets.concatenate_datasets([tables[split], part])
                 tables[split] = part
         if "train" not in files:
-            config = place.config or None
-            if not config and place.path == "openai/gsm8k":
-                config = "main"
-            tables |= dict(datasets.load_dataset(place.path, config))
+            config = place.data_config or CONFIGS.get(place.data)
+            tables |= datasets.load_dataset(place.data, config)
     except Exception as error:  # the libraries below raise a dozen kinds
         raise ValueError(
-            f"data={place.path!r}: no file here, no hub id in reach, or {where} is damaged: {error}"
+            f"data={place.data!r}: no file here, no hub id in reach, or {where} is damaged: {error}"
         ) from error
     return choose_splits(place, tables)
 
 
-def choose_splits(place: Place, tables: dict) -> dict:
+def choose_splits(place: Place, tables):
     train = place.train_split or "train"
-    test = place.test_split
-    if not test:
-        others = [name for name in HELD_OUT if name in tables and name != train]
-        test = others[0] if others else ""
-    for name in (train, test):
+    held_out = (name for name in HELD_OUT if name in tables and name != train)
+    names = {"train": train, "test": place.test_split or next(held_out, "")}
+    for name in names.values():
         if name and name not in tables:
             raise ValueError(
-                f"data={place.path!r} has {sorted(tables)}, no {name!r}: say which, "
+                f"data={place.data!r} has {sorted(tables)}, no {name!r}: say which, "
                 "--train_split NAME --test_split NAME"
             )
-    chosen = {"train": tables[train]}
-    if test:
-        chosen["test"] = tables[test]
-    return chosen
+    return {split: tables[name] for split, name in names.items() if name}
 
 
 # --------------------------------------------------------------------- which rows of files are kept
 
 
-def prepare(table, indices: list[int], reader, tokenizer, limit: int) -> dict[str, list]:
+def prepare(table, indices, reader, tokenizer, limit):
     """Of a batch of rows: what they are and their ids, or why they are left out."""
     out, prompts = [], []
     for i, index in enumerate(indices):
@@ -758,13 +705,13 @@ def prepare(table, indices: list[int], reader, tokenizer, limit: int) -> dict[st
         where = str(raw.get("data_source") or row.get("source", ""))
         task = row.get("task", "")
         question = " ".join(row.get("asked", "").split())  # spaces aside
-        digest = hashlib.sha256(question.encode()).digest()[:8]
+        asked = hashlib.sha256(question.encode()).digest()[:8]
         out.append(
             {
                 "source": " ".join(where.split())[:26],
                 "task": task,
                 "dropped": why,
-                "asked": int.from_bytes(digest, signed=True),
+                "asked": int.from_bytes(asked, signed=True),
                 "math": row["answer"] if task == "math" else "",
             }
         )
@@ -776,18 +723,15 @@ def prepare(table, indices: list[int], reader, tokenizer, limit: int) -> dict[st
     return {name: [row[name] for row in out] for name in out[0]}
 
 
-def prepare_table(table, reader, tokenizer, limit: int, key: str, progress: bool):
+def prepare_table(table, reader, tokenizer, limit, key):
     """What `prepare` makes of every row of a table; made once on a machine."""
     import datasets
     from filelock import FileLock
 
-    made_of = "\n".join([table._fingerprint, key, identity(tokenizer), this_code()])
-    name = hashlib.sha256(made_of.encode()).hexdigest()[:32]
+    name = digest(table._fingerprint, key, identity(tokenizer), THIS_CODE)
     folder = Path(datasets.config.HF_DATASETS_CACHE, f"ppo-{name}")
     folder.mkdir(parents=True, exist_ok=True)
-    processes = None
-    if len(table) > 5000:
-        processes = min(32, len(os.sched_getaffinity(0)))
+    cores = min(32, len(os.sched_getaffinity(0)))
     with FileLock(folder / "lock"):
         prepared = table.with_format("arrow").map(
             partial(prepare, reader=reader, tokenizer=tokenizer, limit=limit),
@@ -798,27 +742,26 @@ def prepare_table(table, reader, tokenizer, limit: int, key: str, progress: bool
             new_fingerprint=name,
             desc="filtering",
             cache_file_name=str(folder / "rows.arrow"),
-            num_proc=processes,
+            num_proc=cores if len(table) > 5000 else None,
         )
     return prepared.with_format(None)
 
 
-VERIFIER_FILES = (HERE / "verify" / "equality.py",)
-LIMIT_FILES = (HERE / "rewards.py", HERE / "verify" / "pool.py", HERE / "verify" / "sandbox.py")
+VERIFIER_FILES = (HERE / "verify/equality.py",)
+LIMIT_FILES = (HERE / "rewards.py", HERE / "verify/pool.py")
 LIMITS = re.compile(r"^(?:MATH_SECONDS|MEMORY) = .*", re.MULTILINE)  # what a comparison may take
 
 
-def verifier() -> str:
+def verifier():
     """All that decides which answers can be read: the verifier, its limits and its library. Nothing
     else in those files does, and 400,000 answers take minutes."""
     parts = [file.read_text() for file in VERIFIER_FILES]
     for file in LIMIT_FILES:
-        if file.exists():
-            parts += LIMITS.findall(file.read_text())
+        parts += LIMITS.findall(file.read_text())
     return "\n".join([*parts, version("math-verify"), version("sympy")])
 
 
-def ask_verifier(answers: list[str], progress: bool) -> list[str]:
+def ask_verifier(answers, progress):
     """Those of the answers that the program rewards.py cannot read; it may use all cores."""
     program = [sys.executable, HERE / "rewards.py", "readable"]
     if progress:
@@ -833,74 +776,61 @@ def ask_verifier(answers: list[str], progress: bool) -> list[str]:
     return [answer for answer, ok in zip(answers, json.loads(said)) if not ok]
 
 
-def unreadable(prepared, progress: bool) -> set[str]:
+def unreadable(prepared, progress):
     """Math answers of the rows that the verifier cannot read; asked once on a machine."""
     answers = {a for a, why in zip(prepared["math"], prepared["dropped"]) if a and not why}
     answers = sorted(a for a in answers if not re.fullmatch(r"-?\d{1,30}", a))
     if not answers:
         return set()
-    ask_all = partial(ask_verifier, answers, progress)
-    return set(remembered("unreadable", ask_all, json.dumps(answers), verifier()))
+    make = partial(ask_verifier, answers, progress)
+    return set(remembered("unreadable", make, json.dumps(answers), verifier()))
 
 
-def open_source(place: Place, wanted: list[str], source: Source, tokenizer, progress) -> Opened:
-    """The splits of a place, prepared."""
-    columns = {}
-    if place.prompt_column:
-        columns["prompt"] = place.prompt_column
-    if place.answer_column:
-        columns["answer"] = place.answer_column
+def open_source(place: Place, wanted, source: Source, tokenizer, progress):
+    """The splits of a place, prepared: train, test."""
     limit = source.max_prompt_tokens
     splits = {}
     for name, table in open_tables(place, progress).items():
-        reader = partial(read, split=name, wanted=wanted, columns=columns, source=source)
-        key = f"{wanted} {columns} {source.template} {source.system_prompt} {limit} {name}"
-        prepared = prepare_table(table, reader, tokenizer, limit, key, progress)
-        bad = unreadable(prepared, progress)
-        dropped = prepared["dropped"][:]
-        for i, answer in enumerate(prepared["math"]):
-            if not dropped[i] and answer in bad:
-                dropped[i] = "answer that cannot be read by the verifier"
-        tasks = prepared["task"][:]
-        asked = prepared["asked"][:]
-        splits[name] = Split(place.path, name, table, prepared, reader, tasks, asked, dropped)
+        reader = partial(read, split=name, wanted=wanted, place=place, source=source)
+        key = (
+            f"{wanted} {place.prompt_column!r} {place.answer_column!r} "
+            f"{source.template} {source.system_prompt} {limit} {name}"
+        )
+        rows = prepare_table(table, reader, tokenizer, limit, key)
+        of_rows = [rows[column][:] for column in ("task", "asked", "dropped")]
+        splits[name] = Split(place.data, name, table, rows, reader, *of_rows)
+        bad = unreadable(rows, progress)
+        splits[name].drop(rows["math"], bad, "answer that cannot be read by the verifier")
     if "test" not in splits:
         splits["test"] = hold_out(splits["train"])
-    return Opened(wanted, splits["train"], splits["test"])
+    return splits.values()
 
 
-def hold_out(train: Split) -> Split:
+def hold_out(train: Split):
     """A test split for a source without one, always the same: TinyZero's, or the questions of one
     hash in fifty. These rows are dropped from `train`."""
-    count = len(train.asked)
+    every = range(len(train.asked))
     held_out = set()
     spare = range(0)  # rows that TinyZero uses for nothing
-    if count >= sum(TINYZERO) and "countdown" in train.tasks:
-        held_out.update(range(TINYZERO[0], sum(TINYZERO)))
-        spare = range(sum(TINYZERO), count)
+    if len(every) >= sum(TINYZERO) and "countdown" in train.tasks:
+        held_out.update(every[TINYZERO[0] : sum(TINYZERO)])
+        spare = every[sum(TINYZERO) :]
     if not spare:
         for task in set(train.tasks):
-            rows = [i for i in range(count) if train.tasks[i] == task]
+            rows = [i for i in every if train.tasks[i] == task]
             asked = {train.asked[i] for i in rows if not train.dropped[i]}
-            chosen = {question for question in asked if question % 50 == 0}
-            if not chosen:
-                chosen = {min(asked, default=0)}
+            chosen = {value for value in asked if value % 50 == 0} or {min(asked, default=0)}
             held_out.update(i for i in rows if train.asked[i] in chosen)
-    test_dropped = train.dropped[:]
-    for i in range(count):
-        if train.dropped[i]:
-            continue
-        if i in held_out:
-            train.dropped[i] = "held out"
-            continue
-        test_dropped[i] = "for training"
-        if i in spare:
-            train.dropped[i] = "spare"
-    return replace(train, name="test", dropped=test_dropped)
+    test = train._replace(name="test", dropped=train.dropped[:])
+    test.drop(every, set(every) - held_out, "for training")
+    train.drop(every, held_out, "held out")
+    train.drop(every, spare, "spare")
+    return test
 
 
-def open_sources(names: list[str], source: Source, tokenizer, progress: bool) -> list[Opened]:
-    """The sources in files; no training row asks what any test row asks."""
+def open_sources(names, source: Source, tokenizer, progress):
+    """[(tasks, train, test), ...] of the sources in files; no training row asks what any test row
+    asks."""
     found = places(names, source)
     if found and not tokenizer:
         raise ValueError(
@@ -914,36 +844,37 @@ def open_sources(names: list[str], source: Source, tokenizer, progress: bool) ->
         check_template(source.template, tokenizer)
     opened = []
     for place, tasks in found.items():
-        opened.append(open_source(place, tasks, source, tokenizer, progress))
-    seen = set()
-    for one in opened:
-        seen.update(asked for asked, why in zip(one.test.asked, one.test.dropped) if not why)
-    for one in opened:
-        for i, asked in enumerate(one.train.asked):
-            if not one.train.dropped[i] and asked in seen:
-                one.train.dropped[i] = "also in the test split"
-    for one in opened:
-        for task in one.tasks:
-            for split in (one.train, one.test):
-                if not split.rows(task):
-                    raise no_rows(task, split)
+        opened.append((tasks, *open_source(place, tasks, source, tokenizer, progress)))
+    seen = {
+        asked for _, _, test in opened for asked, why in zip(test.asked, test.dropped) if not why
+    }
+    for _, train, _ in opened:
+        train.drop(train.asked, seen, "also in the test split")
+    for tasks, *splits in opened:
+        for task, split in product(tasks, splits):
+            if not split.rows(task):
+                raise no_rows(task, split)
     return opened
 
 
-def check_template(template: str, tokenizer) -> None:
+def check_template(template, tokenizer):
     has = "no" if tokenizer.chat_template is None else "a"
-    if (template, has) not in [("base", "a"), ("base", "no"), ("chat", "a")]:
+    if template != "base" and (template, has) != ("chat", "a"):
         raise ValueError(
             f"template={template!r}, and {tokenizer.name_or_path!r} has {has} chat template: "
             "use base or chat"
         )
 
 
-def no_rows(task: str, split: Split) -> ValueError:
-    what = f"data={split.path!r} has no row for task={task}, {split.name}"
-    what = f"{what}; its first row is {split.table[:1]}"
-    fix = "columns can be named: --prompt_column COLUMN --answer_column COLUMN"
-    return ValueError(f"{what:.500}; {fix}\n{split.report()}")
+def no_rows(task, split: Split):
+    what = (
+        f"data={split.path!r} has no row for task={task}, {split.name}; "
+        f"its first row is {split.table[:1]}"
+    )
+    return ValueError(
+        f"{what:.500}; columns can be named: --prompt_column COLUMN --answer_column COLUMN\n"
+        f"{split.report()}"
+    )
 
 
 # --------------------------------------------------------------------------------- what a run loads
@@ -956,54 +887,48 @@ def mixture(text: str) -> dict[str, Fraction | None]:
         name, colon, weight = part.rpartition(":")
         if not colon or name == "rg":
             name, weight = part, None
-        known = name in TASKS or name in ANSWERS or re.fullmatch("rg:.+", name)
+        known = name in TASKS | ANSWERS or re.fullmatch("rg:.+", name)
         if not known or name in weights:
             raise ValueError(
                 f"task={text!r}: {name!r} is not known, or stands there twice: use each once: "
                 f"{', '.join(TASKS | ANSWERS)}, rg:NAME; a new one goes into TASKS in data.py "
                 "(rows made by rule) or into ANSWERS (rows of files)"
             )
-        if weight is None:
-            weights[name] = None
-        elif re.fullmatch(r"\d+(?:\.\d*)?|\.\d+|\d+/0*[1-9]\d*", weight):
-            weights[name] = Fraction(weight)
-        else:
-            weights[name] = Fraction(0)
-    given = [weight for weight in weights.values() if weight is not None]
-    if 0 in given or 0 < len(given) < len(weights):
+        if weight is not None:
+            number = re.fullmatch(r"\d+(?:\.\d*)?|\.\d+|\d+/0*[1-9]\d*", weight)
+            weight = Fraction(weight if number else 0)
+        weights[name] = weight
+    given = [*weights.values()]
+    if 0 in given or 0 < given.count(None) < len(given):
         raise ValueError(
             f"task={text!r}: give every task a weight above 0, as in math:0.8,code:0.2, or none"
         )
     return weights
 
 
-def rows_by_rule(task: str, source: Source, tokenizer, seed: int, eval_rows: int):
+def rows_by_rule(task, source: Source, tokenizer, seed, eval_rows):
     """(training rows, test rows) of a task that needs no file."""
-    if task.startswith("rg:"):
-        make = partial(gym, task.removeprefix("rg:"))
-    else:
-        make = TASKS[task]
+    make = TASKS.get(task) or partial(gym, task.removeprefix("rg:"))
     train = make("train", seed, source.template)
     test = make("test", seed, source.template)[:eval_rows]
-    rows = train + test
-    if not tokenizer:
-        return train, test
-    for row, ids in zip(rows, encode_once([row["prompt"] for row in rows], tokenizer)):
-        if not 0 < len(ids) <= source.max_prompt_tokens:
-            raise ValueError(
-                f"row {row['id']}: its prompt has {len(ids)} tokens, allowed are 1 to "
-                f"max_prompt_tokens={source.max_prompt_tokens}: raise --max_prompt_tokens"
-            )
-        row["ids"] = ids
+    if tokenizer:
+        rows = train + test
+        for row, ids in zip(rows, encode_once([row["prompt"] for row in rows], tokenizer)):
+            if not 0 < len(ids) <= source.max_prompt_tokens:
+                raise ValueError(
+                    f"row {row['id']}: its prompt has {len(ids)} tokens, allowed are 1 to "
+                    f"max_prompt_tokens={source.max_prompt_tokens}: raise --max_prompt_tokens"
+                )
+            row["ids"] = ids
     return train, test
 
 
-def encode_once(prompts: list[str | list[dict]], tokenizer) -> list[list[int]]:
+def encode_once(prompts, tokenizer):
     """encode(), which takes seconds for 20,000 prompts, made once on a machine."""
     if getattr(tokenizer, "backend_tokenizer", None) is None:  # its identity cannot be told
         return encode(prompts, tokenizer)
-    key = (json.dumps(prompts), identity(tokenizer), this_code())
-    return remembered("ids", partial(encode, prompts, tokenizer), *key)
+    make = partial(encode, prompts, tokenizer)
+    return remembered("ids", make, json.dumps(prompts), identity(tokenizer), THIS_CODE)
 
 
 def load(
@@ -1014,21 +939,19 @@ def load(
     # processes are enough; forks of threads are trouble
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     weights = mixture(source.task)
-    opened = open_sources(list(weights), source, tokenizer, progress)
     reports = []
     in_files = {}
-    for one in opened:
-        reports += [one.train.report(), one.test.report()]
-        in_files |= dict.fromkeys(one.tasks, one)
+    for tasks, *splits in open_sources(weights, source, tokenizer, progress):
+        reports += [split.report() for split in splits]
+        in_files |= dict.fromkeys(tasks, splits)
     train, test = {}, {}
     for task in weights:
-        if task not in in_files:
+        if task in in_files:
+            train[task], held = [split.rows(task) for split in in_files[task]]
+            chosen = random.Random(0).sample(range(len(held)), min(eval_rows, len(held)))
+            test[task] = [held[i] for i in sorted(chosen)]
+        else:
             train[task], test[task] = rows_by_rule(task, source, tokenizer, seed, eval_rows)
-            continue
-        train[task] = in_files[task].train.rows(task)
-        held = in_files[task].test.rows(task)
-        chosen = random.Random(0).sample(range(len(held)), min(eval_rows, len(held)))
-        test[task] = [held[i] for i in sorted(chosen)]
     shares = {task: Fraction(weights[task] or len(train[task])) for task in weights}
     return Data(train, test, shares, "\n".join(reports))
 
@@ -1037,23 +960,21 @@ def load(
 
 
 @lru_cache(maxsize=16)
-def order(count: int, epoch: int, seed: int) -> list[int]:
+def order(count, epoch, seed):
     places_of_rows = list(range(count))
     random.Random(f"epoch {epoch} {seed}").shuffle(places_of_rows)
     return places_of_rows
 
 
-def drawn(total: int, weights: dict[str, Fraction]) -> dict[str, int]:
+def drawn(total, weights):
     """How many of a run's first `total` rows come from each task: its share, to within the number
     of tasks."""
-    shares = {name: Fraction(weight) for name, weight in weights.items()}
-    rows_left = total
-    weight_left = sum(shares.values())
+    weight_left = sum(map(Fraction, weights.values()))
     counts = {}
-    for name, share in shares.items():
-        counts[name] = int(rows_left * share / weight_left)
-        rows_left -= counts[name]
-        weight_left -= share
+    for name, weight in weights.items():
+        counts[name] = int(total * Fraction(weight) / weight_left)
+        total -= counts[name]
+        weight_left -= Fraction(weight)
     return counts
 
 
@@ -1081,11 +1002,11 @@ def batch(
 # ----------------------------------------------------------------------- token-budget micro-batches
 
 
-def cost(length: int, quadratic: float = 1 / 8192) -> float:
+def cost(length: int) -> float:
     """Relative cost of one sequence in a forward pass: the matmuls grow with L, attention with L^2.
-    The default makes both equal at 8,192 tokens, about right for a 1.5B model (12 D^2 against 2 L D
-    a layer and token, D = 1536)."""
-    return length + quadratic * length * length
+    Both are equal at 8,192 tokens, about right for a 1.5B model (12 D^2 against 2 L D a layer and
+    token, D = 1536)."""
+    return length + length * length / 8192
 
 
 def plan_microbatches(lengths: list[int], budget: int, ranks: int = 1) -> list[list[list[int]]]:
@@ -1102,41 +1023,29 @@ def plan_microbatches(lengths: list[int], budget: int, ranks: int = 1) -> list[l
     longest_first = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     packed = first_fit(longest_first, lengths, budget)
     rounds = max(1, math.ceil(len(packed) / ranks))
-    bins = even_rounds(longest_first, lengths, budget, rounds, ranks)
-    if bins is None:
-        bins = packed + [[] for _ in range(rounds * ranks - len(packed))]
+    padded = packed + [[] for _ in range(rounds * ranks - len(packed))]
+    bins = even_rounds(longest_first, lengths, budget, rounds, ranks) or padded
 
     # each round: the `ranks` dearest that are left, dealt to and fro
     bins.sort(key=lambda indices: -sum(cost(lengths[i]) for i in indices))
-    plan = [[] for _ in range(ranks)]
-    for k in range(rounds):
-        deal = bins[k * ranks : (k + 1) * ranks]
-        if k % 2:
-            deal.reverse()
-        for rank in range(ranks):
-            plan[rank].append(deal[rank])
-    return plan
+    deals = [bins[k * ranks : (k + 1) * ranks] for k in range(rounds)]
+    for deal in deals[1::2]:
+        deal.reverse()
+    return [list(rank) for rank in zip(*deals)]
 
 
-def first_fit(longest_first: list[int], lengths: list[int], budget: int) -> list[list[int]]:
+def first_fit(longest_first, lengths, budget):
     """Each sequence goes into the first bin with room for it, or into a new one."""
-    bins = []
-    room = []
+    bins = [[] for _ in lengths]
+    room = [budget] * len(bins)
     for i in longest_first:
-        for k, free in enumerate(room):
-            if free >= lengths[i]:
-                bins[k].append(i)
-                room[k] -= lengths[i]
-                break
-        else:
-            bins.append([i])
-            room.append(budget - lengths[i])
-    return bins
+        k = next(k for k, free in enumerate(room) if free >= lengths[i])
+        bins[k].append(i)
+        room[k] -= lengths[i]
+    return [indices for indices in bins if indices]
 
 
-def even_rounds(
-    longest_first: list[int], lengths: list[int], budget: int, rounds: int, ranks: int
-) -> list[list[int]] | None:
+def even_rounds(longest_first, lengths, budget, rounds, ranks):
     """rounds * ranks bins, filled so that the ranks wait little for each other in every round: each
     sequence goes into the bin that makes its round last the least longer, of those the emptiest.
     None: a sequence found no room."""
@@ -1144,14 +1053,14 @@ def even_rounds(
     room = [budget] * len(bins)
     load = [0.0] * len(bins)
     slowest = [0.0] * rounds
-    begun = 0  # rounds with a sequence in them; of the empty ones, all alike, one is tried
     for i in longest_first:
         work = cost(lengths[i])
-        fits = []
-        for k, free in enumerate(room[: (begun + 1) * ranks]):
-            if free >= lengths[i]:
-                longer = max(0.0, load[k] + work - slowest[k // ranks])
-                fits.append((longer, load[k], k))
+        begun = sum(map(bool, slowest))  # rounds; of the empty ones, all alike, one is tried
+        fits = [
+            (max(0.0, load[k] + work - slowest[k // ranks]), load[k], k)
+            for k, free in enumerate(room[: (begun + 1) * ranks])
+            if free >= lengths[i]
+        ]
         if not fits:
             return None
         k = min(fits)[2]
@@ -1159,7 +1068,6 @@ def even_rounds(
         room[k] -= lengths[i]
         load[k] += work
         slowest[k // ranks] = max(slowest[k // ranks], load[k])
-        begun = max(begun, k // ranks + 1)
     return bins
 
 
@@ -1167,12 +1075,11 @@ def plan_summary(lengths: list[int], budget: int, ranks: int = 1) -> dict[str, f
     """How full the micro-batches of a plan are, and how much longer than the mean of all ranks'
     costs a pass takes, as every micro-batch lasts as long as the slowest rank's."""
     plan = plan_microbatches(lengths, budget, ranks)
-    load = []  # load[rank][k]: cost of a micro-batch
-    for rank in plan:
-        load.append([sum(cost(lengths[i]) for i in microbatch) for microbatch in rank])
+    # load[rank][k]: cost of a micro-batch
+    load = [[sum(cost(lengths[i]) for i in microbatch) for microbatch in rank] for rank in plan]
     rounds = len(plan[0])
-    waiting = sum(max(costs) for costs in zip(*load))
-    working = sum(sum(costs) for costs in load)
+    waiting = sum(map(max, zip(*load)))
+    working = sum(map(sum, load))
     return {
         "perf/microbatches": rounds,
         "perf/pack_fill": sum(lengths) / (budget * rounds * ranks),
@@ -1183,15 +1090,15 @@ def plan_summary(lengths: list[int], budget: int, ranks: int = 1) -> dict[str, f
 # ----------------------------------------------------------------------------------- python data.py
 
 
-def write_kept(source: Source, tokenizer, out: str) -> None:
+def write_kept(source: Source, tokenizer, out):
     """The rows of files that are kept, as train.parquet and validation.parquet in `out`."""
     Path(out).mkdir(parents=True)
-    opened = open_sources(list(mixture(source.task)), source, tokenizer, True)
+    opened = open_sources(mixture(source.task), source, tokenizer, True)
     if len(opened) != 1:
         raise ValueError(
             f"out={out!r}: what is left of one source is written there, and these are {len(opened)}"
         )
-    for split, name in ((opened[0].train, "train"), (opened[0].test, "validation")):
+    for split, name in zip(opened[0][1:], ("train", "validation")):
         kept = [i for i, why in enumerate(split.dropped) if not why]
         split.table.select(kept).to_parquet(Path(out, f"{name}.parquet"))
 
@@ -1199,7 +1106,7 @@ def write_kept(source: Source, tokenizer, out: str) -> None:
 GENERATED = Source(",".join(TASKS))
 
 
-def look(source: Source = GENERATED, show: int = 3, model: str = "", out: str = "") -> None:
+def look(source: Source = GENERATED, show: int = 3, model: str = "", out: str = ""):
     """What is kept of files and left out, and the first `show` rows of each task as a run would
     feed them. `model`: a folder whose tokenizer applies the template and counts; rows made by rule
     are shown without, too. OUT gets the rows of files that are kept, in the published schema, as
@@ -1215,8 +1122,7 @@ def look(source: Source = GENERATED, show: int = 3, model: str = "", out: str = 
     if found.report:
         print(found.report + "\n")
     for rows in found.train.values():
-        for i in range(min(show, len(rows))):
-            row = rows[i]
+        for _, row in zip(range(show), rows):
             text, count = row["prompt"], "uncounted"
             if tokenizer:
                 text, count = tokenizer.decode(row["ids"]), len(row["ids"])
@@ -1224,16 +1130,17 @@ def look(source: Source = GENERATED, show: int = 3, model: str = "", out: str = 
             print(f"{row['id']} ({row['task']}, {count} tokens), answer {answer:.300}\n{text}\n")
 
 
-def main(arguments: list[str]) -> None:
+def main(arguments):
     import tyro
 
     if arguments[:1] == ["eurus"]:  # the rows of the reference run
-        reference = "--task math,code --template chat --show 0 --model"
-        model = "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B"
-        arguments = [*reference.split(), model, *arguments[1:]]
-    config = (tyro.conf.OmitArgPrefixes,)
+        reference = (
+            "--task math,code --template chat --show 0 "
+            "--model deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B"
+        )
+        arguments = [*reference.split(), *arguments[1:]]
     try:
-        tyro.cli(look, args=arguments, config=config, use_underscores=True)
+        tyro.cli(look, args=arguments, config=(tyro.conf.OmitArgPrefixes,), use_underscores=True)
     except ValueError as error:
         sys.exit(f"data.py: {error}")
 

@@ -50,36 +50,31 @@ def pack(
     which is about token t. An empty `rows` gives a row that keeps nothing: ranks without work still
     have to join FSDP's collectives."""
     device = ids.device
-    width = ids.shape[1]
     fed = [lengths[b] - 1 for b in rows]
-    tokens = []
-    places = []  # of the token that a slot predicts, in a flattened (B, T_max); -1: it has none
-    for b, count in zip(rows, fed):
-        first = b * width + 1
-        tokens.append(ids[b, :count])
-        places.append(torch.arange(first, first + count, device=device))
-    spare = -sum(fed) % sp  # slots without a target that make T a multiple of sp
-    if not rows:
-        spare = sp
+    # slots without a target that make T a multiple of sp: a sequence of zeros
+    spare = -sum(fed) % sp if rows else sp
     if spare:
-        tokens.append(torch.zeros(spare, dtype=torch.long, device=device))
-        places.append(torch.full((spare,), -1, device=device))
         fed.append(spare)
     positions = [torch.arange(count, device=device) for count in fed]
-    bounds = torch.tensor([0, *fed], device=device).cumsum(0).int()
+    # Where the token that a slot predicts stands in a flattened (B, T_max). 0, the first token of
+    # all, is predicted nowhere: it means that the slot has no target.
+    places = [b * ids.shape[1] + 1 + position for b, position in zip(rows, positions)]
+    places.append(torch.zeros(spare, dtype=torch.long, device=device))
 
     size = sum(fed) // sp
     mine = slice(sp_rank * size, (sp_rank + 1) * size)
     place = torch.cat(places)[mine]
-    keep = ((place >= 0) & mask.flatten()[place.clamp(min=0)]).nonzero()[:, 0]
+    predicts = place > 0
+    keep = (predicts & mask.flatten()[place]).nonzero()[:, 0]
     index = place[keep]
+    flat = ids.flatten()
     return Packed(
-        ids=torch.cat(tokens)[None, mine],
+        ids=flat[place - 1].where(predicts, 0)[None],
         position_ids=torch.cat(positions)[None, mine],
         keep=keep,
-        targets=ids.flatten()[index],
+        targets=flat[index],
         index=index,
-        cu_seqlens=bounds,
+        cu_seqlens=torch.tensor([0, *fed], device=device).cumsum(0).int(),
         max_seqlen=max(fed),
     )
 
@@ -95,19 +90,15 @@ def unpack(parts: list[tuple[Tensor, Tensor]], like: Tensor, ranks: Ranks) -> Te
     return full
 
 
-def packed_forward(
-    model: nn.Module, p: Packed, sp_group: dist.ProcessGroup | None, **options
-) -> Tensor:
+def packed_forward(model: nn.Module, p: Packed, sp_group, **options) -> Tensor:
     """What the model's head says of one packed row, (slots, outputs) fp32. No cache and no
     attention mask: with either, transformers lets packed sequences see each other under every
     attention function but ours."""
     where = {"cu_seqlens": p.cu_seqlens, "max_seqlen": p.max_seqlen, "sp_group": sp_group}
     if model.config._attn_implementation.startswith("flash"):
         # transformers' names for the same; without them it counts again in every layer
-        where["cu_seq_lens_q"] = p.cu_seqlens
-        where["cu_seq_lens_k"] = p.cu_seqlens
-        where["max_length_q"] = p.max_seqlen
-        where["max_length_k"] = p.max_seqlen
+        where |= {"cu_seq_lens_q": p.cu_seqlens, "cu_seq_lens_k": p.cu_seqlens}
+        where |= {"max_length_q": p.max_seqlen, "max_length_k": p.max_seqlen}
     out = model(input_ids=p.ids, position_ids=p.position_ids, use_cache=False, **where, **options)
     return out.logits[0].float()
 
@@ -155,12 +146,12 @@ def varlen_attention(
     return varlen_attn(q, k, v, *where, scale=scale, window_size=(-1, 0))
 
 
-def _varlen_cpu(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float) -> Tensor:
+def _varlen_cpu(q, k, v, cu_seqlens, scale):
     lengths = cu_seqlens.diff().tolist()
     attended = []
     # split, and not slices: the gradient of a slice is as long as the row
-    for one_q, one_k, one_v in zip(q.split(lengths), k.split(lengths), v.split(lengths)):
-        heads_first = [x.transpose(0, 1)[None] for x in (one_q, one_k, one_v)]  # (1, H, tokens, D)
+    for sequence in zip(q.split(lengths), k.split(lengths), v.split(lengths)):
+        heads_first = [x.transpose(0, 1)[None] for x in sequence]  # (1, H, tokens, D)
         attended.append(
             scaled_dot_product_attention(*heads_first, is_causal=True, scale=scale, enable_gqa=True)
         )
@@ -170,8 +161,7 @@ def _varlen_cpu(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: floa
 def all_to_all(x: Tensor, group: dist.ProcessGroup, split: int, joined: int) -> Tensor:
     """Every rank cuts its x along dimension `split`, sends each peer a piece, and joins what it
     gets along `joined`; the gradient goes the way back."""
-    pieces = x.chunk(dist.get_world_size(group), split)
-    sent = torch.stack(pieces).contiguous()
+    sent = torch.stack(x.chunk(dist.get_world_size(group), split)).contiguous()
     received = all_to_all_single(torch.empty_like(sent), sent, group=group)
     return torch.cat(received.unbind(0), joined)
 
@@ -229,17 +219,17 @@ def setup(
         inside = "flash-attn varlen"
     else:
         inside = "torch varlen"
-    made = {"attention": inside, "log-probs": "chunked", "Liger": "off"}
-    if liger:
-        made["log-probs"] = find_liger_logprobs()
-        made["Liger"] = apply_liger(model_type)
-    dtype = "bfloat16" if bf16 else "float32"
-    device = "cuda" if cuda else "cpu"
-    made["compute"] = f"{dtype} on {device}"
-    made["sharding"] = "none (one process)"
+    sharding = "none (one process)"
     if "RANK" in os.environ:
-        made["sharding"] = f"FSDP2 over {os.environ['WORLD_SIZE']} ranks"
-    return made
+        sharding = f"FSDP2 over {os.environ['WORLD_SIZE']} ranks"
+    dtype = "bfloat16" if bf16 else "float32"
+    return {
+        "attention": inside,
+        "log-probs": find_liger_logprobs() if liger else "chunked",
+        "Liger": apply_liger(model_type) if liger else "off",
+        "compute": f"{dtype} on {'cuda' if cuda else 'cpu'}",
+        "sharding": sharding,
+    }
 
 
 # ---------------------------------------------------------- log-prob and entropy without the logits
@@ -269,29 +259,27 @@ class _ChunkedLogprob(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, targets, temperature, size):
         wide = torch.promote_types(hidden.dtype, torch.float32)
-        logprob = torch.empty(len(hidden), dtype=wide, device=hidden.device)
-        logsumexp = torch.empty_like(logprob)
-        entropy = torch.empty_like(logprob)
         step = max(1, size // len(weight))
-        for first in range(0, len(hidden), step):
-            rows = slice(first, first + step)
-            target = targets[rows, None]
-            z = (hidden[rows] @ weight.T).to(wide).div_(temperature)
+        pieces = []
+        targets = targets[:, None]  # (K, 1), as all numbers of a row
+        for some, target in zip(hidden.split(step), targets.split(step)):
+            z = (some @ weight.T).to(wide).div_(temperature)
             logp = z.log_softmax(-1)  # logsumexp - sum(p z) would cancel where p is peaked
-            logprob[rows] = logp.gather(-1, target)[:, 0]
-            logsumexp[rows] = z.gather(-1, target)[:, 0] - logprob[rows]
+            logprob = logp.gather(-1, target)
+            logsumexp = z.gather(-1, target) - logprob
             p = torch.exp(logp, out=z)  # z is not needed any more
-            entropy[rows] = -p.mul_(logp).sum(-1)
+            pieces.append((logprob, logsumexp, -p.mul_(logp).sum(-1, keepdim=True)))
+        logprob, logsumexp, entropy = map(torch.cat, zip(*pieces))
         ctx.save_for_backward(hidden, weight, targets, logsumexp, entropy)
         ctx.temperature = temperature
         ctx.size = size
-        return logprob, entropy
+        return logprob[:, 0], entropy[:, 0]
 
     @staticmethod
     def backward(ctx, grad_logprob, grad_entropy):
         hidden, weight, targets, logsumexp, entropy = ctx.saved_tensors
-        of_logprob = grad_logprob / ctx.temperature
-        of_entropy = grad_entropy / ctx.temperature
+        of_logprob = grad_logprob[:, None] / ctx.temperature
+        of_entropy = grad_entropy[:, None] / ctx.temperature
         # the gradient of a column's z is  onehot * of_logprob - p * (of_entropy * log p + both)
         both = of_logprob + of_entropy * entropy
         grad_hidden = torch.zeros_like(hidden, dtype=logsumexp.dtype)
@@ -301,15 +289,14 @@ class _ChunkedLogprob(torch.autograd.Function):
             columns = slice(first, first + step)
             some = weight[columns]
             z = (hidden @ some.T).to(logsumexp.dtype).div_(ctx.temperature)
-            grad = z.sub_(logsumexp[:, None])  # log p, in whose place the gradient is made
+            grad = z.sub_(logsumexp)  # log p, in whose place the gradient is made
             p = grad.exp()
-            grad.mul_(-of_entropy[:, None]).sub_(both[:, None]).mul_(p)
+            grad.mul_(-of_entropy).sub_(both).mul_(p)
             # Targets whose column is in another piece add 0 somewhere: to choose the others, one
             # would have to wait for the device.
             column = targets - first
             inside = (column >= 0) & (column < len(some))
-            column = column.clamp(0, len(some) - 1)
-            grad.scatter_add_(-1, column[:, None], (of_logprob * inside)[:, None])
+            grad.scatter_add_(-1, column.clamp(0, len(some) - 1), of_logprob * inside)
             grad = grad.to(hidden.dtype)
             grad_hidden += grad @ some
             grad_weight[columns] = grad.T @ hidden
@@ -344,8 +331,9 @@ class LogprobHead(nn.Linear):
         weight = self.weight
         device = hidden.device.type
         if torch.is_autocast_enabled(device):
-            hidden = hidden.to(torch.get_autocast_dtype(device))
-            weight = weight.to(torch.get_autocast_dtype(device))
+            dtype = torch.get_autocast_dtype(device)
+            hidden = hidden.to(dtype)
+            weight = weight.to(dtype)
         both = token_logprobs(hidden[0], weight, self.targets, self.temperature)
         return torch.stack(both, dim=-1)[None]
 
@@ -379,16 +367,17 @@ def find_liger_logprobs() -> str:
 def _errors_of_token_logprobs() -> list[float]:
     """Relative, in norms: of log-prob, entropy and both gradients on random inputs in bf16 on
     CUDA."""
-    hidden = torch.randn(3000, 128, device="cuda").div_(8).bfloat16().requires_grad_()
-    weight = torch.randn(1000, 128, device="cuda").div_(8).bfloat16().requires_grad_()
+    hidden, weight = (
+        torch.randn(count, 128, device="cuda").div_(8).bfloat16().requires_grad_()
+        for count in (3000, 1000)
+    )
     targets = torch.arange(3000, device="cuda") % 1000
     results = []
     for function in (token_logprobs_ref, token_logprobs):
-        logprob, entropy = function(hidden, weight, targets, 0.7)
-        gradients = torch.autograd.grad((logprob + entropy).sum(), (hidden, weight))
-        results.append([logprob.float(), entropy.float(), *(x.float() for x in gradients)])
-    expected, got = results
-    return [((x - y).norm() / x.norm()).item() for x, y in zip(expected, got)]
+        outputs = function(hidden, weight, targets, 0.7)
+        gradients = torch.autograd.grad(sum(outputs).sum(), (hidden, weight))
+        results.append([x.float() for x in (*outputs, *gradients)])
+    return [((x - y).norm() / x.norm()).item() for x, y in zip(*results)]
 
 
 def apply_liger(model_type: str) -> str:
@@ -405,8 +394,7 @@ def apply_liger(model_type: str) -> str:
         return f"off (patches are for {', '.join(LIGER_PATCHES)}, not {model_type})"
     import liger_kernel.transformers as liger
 
-    patch = getattr(liger, f"apply_liger_kernel_to_{model_type}")
-    patch(
+    getattr(liger, f"apply_liger_kernel_to_{model_type}")(
         rope=False,
         cross_entropy=False,
         fused_linear_cross_entropy=False,

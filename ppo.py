@@ -16,7 +16,8 @@ cannot depend on the number of ranks.
 
 Where to look for a change:
     a loss, a KL, an advantage       the formulas; `add_advantages` puts scores, KL and values together
-    an optimizer, a schedule         `make_optimizer`, `take_step`; learning rates: phase 5 of `train`
+    an optimizer, a schedule         `make_optimizer`, `take_step`; learning rates: phase 5 of `train`;
+                                     `kl_coef`: where `train` gives it to the batch
     which answers count              `add_scores` (a verifier failed on our side), `refill`
     weights into the engine          `sync`: loads them; its canary ends a run whose engine has others
 and in other files:
@@ -61,8 +62,9 @@ import kernels
 import rewards
 import rollout
 from infra import dist, flops, models, watchdog
+from infra.log import line, plan
 from infra.models import Trained
-from infra.run import Run, check_folder, line, plan
+from infra.run import Run, check_folder
 
 # ------------------------------------------------------------------------------------------- flags
 # All of them, with those of data.py and rewards.py. A size is global (over all ranks); what follows
@@ -472,11 +474,9 @@ class Batch(Answers):
 
 def make_batch(answers: Answers, device: torch.device) -> Batch:
     prompts = [row["ids"] for row in answers.rows]
-    ids, mask, engine_logprobs, lengths = rollout.collate(prompts, answers.samples, device)
-    watchdog.saw_length(max(lengths))
-    return Batch(
-        **vars(answers), ids=ids, mask=mask, engine_logprobs=engine_logprobs, lengths=lengths
-    )
+    collated = rollout.collate(prompts, answers.samples, device)
+    watchdog.saw_length(max(collated.lengths))
+    return Batch(**vars(answers), **collated._asdict())
 
 
 def add_scores(batch: Batch):
@@ -544,6 +544,13 @@ def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, kind: str) -> Tensor:
     if kind == "k3":
         return torch.exp(-log_ratio) - 1 + log_ratio
     raise KeyError(kind)
+
+
+def adapted_kl_coef(kl_coef: float, kl: float, args: Args) -> float:
+    """arXiv:1909.08593, section 2.2: larger when the KL is above its target, by at most a fifth in
+    10,000 samples."""
+    error = min(max(kl / args.kl_target - 1, -0.2), 0.2)
+    return kl_coef * (1 + error * args.batch_size / 10_000)
 
 
 def gae(
@@ -719,7 +726,7 @@ def update_policy(
 
 def update_critic(
     critic: Trained, lr: float, batch: Batch, chosen: list[int], args: Args, run: Run
-) -> None:
+):
     """One optimizer step on the responses `chosen`; the mean is over their tokens."""
     mask = only(chosen, batch.mask)
     weights = run.ranks.world * loss_weights(mask, "token", args.max_new_tokens)
@@ -880,8 +887,7 @@ def answer(
     the step, 1: of an evaluation, 2: of the canary, 3 to 7: of refills."""
     prompts = [row["ids"] for row in rows]
     limit = setup.args.max_new_tokens
-    request = rollout.Request(prompts, n, limit, temperature, step, purpose)
-    samples = setup.engine.ask(request)
+    samples = setup.engine.ask(prompts, n, limit, temperature, step, purpose)
     texts = [
         setup.tokenizer.decode(sample.ids, skip_special_tokens=True)
         for sample in dist.share(samples, setup.run.ranks)
@@ -962,8 +968,7 @@ def sync(setup: Setup, step: int) -> float:
     rows = data.batch(setup.source.train, step, count, args.seed, setup.source.weights)
     prompts = [row["ids"] for row in rows]
     limit = min(64, args.max_new_tokens)
-    request = rollout.Request(prompts, 1, limit, args.temperature, step, purpose=2)
-    samples = setup.engine.ask(request)
+    samples = setup.engine.ask(prompts, 1, limit, args.temperature, step, purpose=2)
     batch = make_batch(Answers(rows, samples, []), setup.accelerator.device)
     run.check_finite(batch, engine_logprobs=batch.engine_logprobs)
     logprobs = compute_logprobs(setup.policy.model, batch, args, run)
@@ -1134,7 +1139,7 @@ def train(args: Args) -> list[dict]:
                 row["critic/lr"] = critic_lr
             row |= batch_metrics(batch, args, run)
             if args.kl_target:
-                kl_coef = adapted(kl_coef, row["policy/ref_kl"], args)
+                kl_coef = adapted_kl_coef(kl_coef, row["policy/ref_kl"], args)
                 run.carried["kl_coef"] = kl_coef
             if args.eval_every and (step + 1 == args.steps or (step + 1) % args.eval_every == 0):
                 row |= evaluate(setup)[0]
@@ -1196,13 +1201,6 @@ def critic_metrics(values: Tensor, returns: Tensor, mask: Tensor) -> Metrics:
     error = (r - v).var(unbiased=False).item()
     row["critic/explained_var"] = 1 - error / variance if variance > 1e-8 else 0.0
     return row
-
-
-def adapted(kl_coef: float, kl: float, args: Args) -> float:
-    """arXiv:1909.08593, section 2.2: larger when the KL is above its target, by at most a fifth in
-    10,000 samples."""
-    error = min(max(kl / args.kl_target - 1, -0.2), 0.2)
-    return kl_coef * (1 + error * args.batch_size / 10_000)
 
 
 def speed_metrics(batch: Batch, epochs: dict[str, int], setup: Setup) -> Metrics:

@@ -21,11 +21,11 @@ import json
 import re
 import sys
 import textwrap
-from collections import Counter
-from collections.abc import Callable
+from collections import Counter, defaultdict
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import chain
 from math import comb, isfinite
 from operator import add, mul, sub, truediv
 from statistics import fmean
@@ -48,12 +48,10 @@ class Rules:
     unsafe_code: bool = False
 
 
-def verdict(status: str, reward: float | None = None) -> dict:
-    """A result; without a reward it is 1 for "ok" and 0 for all else."""
+def verdict(status: str, **parts: float | str) -> dict:
+    """A result; the reward is 1 for "ok" and 0 for all else, unless it is among the parts."""
     correct = float(status == "ok")
-    if reward is None:
-        reward = correct
-    return {"reward": reward, "correct": correct, "status": status}
+    return {"reward": correct, "correct": correct, "status": status} | parts
 
 
 def answered(text: str) -> str:
@@ -71,14 +69,18 @@ OPERATORS = {ast.Add: add, ast.Sub: sub, ast.Mult: mul, ast.Div: truediv}  # of 
 def last_answer(text: str) -> str | None:
     """What is between the last </answer> and the <answer> before it, newlines allowed; None
     without. Linear time."""
-    end = text.rfind("</answer>")
-    start = text.rfind("<answer>", 0, max(end, 0))
-    if start < 0:
-        return None
-    return text[start + len("<answer>") : end]
+    before = text.rpartition("</answer>")[0]
+    _, tag, answer = before.rpartition("<answer>")
+    return answer if tag else None
 
 
-def evaluate(expression: str) -> tuple[Fraction | None, list[int]] | None:
+def value_of(tree: ast.expr) -> Fraction:
+    if isinstance(tree, ast.Constant):
+        return Fraction(tree.value)
+    return OPERATORS[type(tree.op)](value_of(tree.left), value_of(tree.right))
+
+
+def evaluate(expression: str) -> tuple | None:
     """(value, integers used) of an expression over + - * / and parentheses, exactly; None when it
     is anything else. The value is None when it divides by zero. Only binary operators and plain
     integers pass, so `**`, `//`, `1.5`, a leading minus, names, calls and attributes are all
@@ -89,26 +91,14 @@ def evaluate(expression: str) -> tuple[Fraction | None, list[int]] | None:
         tree = ast.parse(" ".join(expression.split()), mode="eval").body
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return None  # the last two are how the parser says "too deep"
-    used: list[int] = []
-
-    def value(node: ast.expr) -> Fraction | None:
-        if isinstance(node, ast.Constant) and type(node.value) is int:
-            used.append(node.value)
-            return Fraction(node.value)
-        if isinstance(node, ast.BinOp) and type(node.op) in OPERATORS:
-            left = value(node.left)
-            right = value(node.right)
-            if left is None or right is None:
-                return None
-            if isinstance(node.op, ast.Div) and right == 0:
-                return None
-            return OPERATORS[type(node.op)](left, right)
-        raise SyntaxError("not arithmetic over integers")
-
-    try:
-        return value(tree), used
-    except SyntaxError:
+    nodes = list(ast.walk(tree))
+    if set(map(type, nodes)) - {ast.BinOp, ast.Constant, *OPERATORS}:
         return None
+    used = [node.value for node in nodes if isinstance(node, ast.Constant)]
+    try:
+        return value_of(tree), used
+    except ZeroDivisionError:
+        return None, used
 
 
 def countdown(text: str, row: dict, rules: Rules) -> dict:
@@ -119,28 +109,29 @@ def countdown(text: str, row: dict, rules: Rules) -> dict:
     target = row["answer"]["target"]
     answer = last_answer(text)
     if answer is None:
-        return verdict("no_answer") | {"format": 0.0}
+        return verdict("no_answer", format=0.0)
     result = evaluate(answer)
     if result is None:
-        return verdict("wrong") | {"format": 0.0}
+        return verdict("wrong", format=0.0)
     value, used = result
     said = {"format": 1.0, "answer": answer.strip()}
     if sorted(used) == numbers and value == target:
-        return verdict("ok") | said
-    return verdict("wrong", 0.1) | said
+        return verdict("ok", **said)
+    return verdict("wrong", reward=0.1, **said)
 
 
 # -------------------------------------------------------------------------------------------- math
 
 MATH_SECONDS = 2.0  # CPU time of one comparison
 MAX_ANSWER = 4000  # characters that anything but == may see
+EQUALITY = b"from equality import judge, readables"
 NUMBER = r"-?\d[\d,]*(?:\.\d+|/\d+)?"
 
 
-def last_box(text: str) -> tuple[str, str] | None:
+def last_box(text: str) -> tuple | None:
     """What stands in the last complete \\boxed{} or \\fbox{}, and what follows it. Linear, whatever
     the braces do."""
-    opened: list[int | None] = []  # where the content of a box begins; None: another brace
+    opened = []  # where the content of a box begins; None: another brace
     begin = end = None
     for token in re.finditer(r"\\(?:boxed|fbox)\s*\{|\\.|[{}]", text):
         if token[0] == "{":
@@ -157,7 +148,7 @@ def last_box(text: str) -> tuple[str, str] | None:
     return text[begin:end], text[end + 1 :]
 
 
-def find_math_answer(text: str, rules: Rules) -> tuple[str, str] | None:
+def find_math_answer(text: str, rules: Rules) -> tuple | None:
     """The answer, and what follows it, that the rules allow to be found in a response without its
     reasoning: the last box, else the last <answer>, else the last number."""
     box = last_box(text)
@@ -177,34 +168,29 @@ def math(text: str, row: dict, rules: Rules) -> dict:
     """1 when the last \\boxed{} after the reasoning means the same as the row's LaTeX answer
     (verify/equality.py)."""
     gold = str(row["answer"])
-    found = find_math_answer(answered(text), rules)
-    if found is None:
+    answer, tail = find_math_answer(answered(text), rules) or ("", "")
+    stripped = answer.strip()
+    if not stripped:
         return verdict("no_answer")
-    answer, tail = found
-    if not answer.strip():
-        return verdict("no_answer")
-    said = {"answer": answer.strip()}
+    status = "wrong"
     if len(answer) > MAX_ANSWER:
-        same = answer.strip() == gold.strip()
-        return verdict("ok" if same else "wrong") | said
-    arguments = [gold, answer, tail[:1000]]
-    program = b"from equality import judge"
-    outcome = pool.run_sandboxed("math", program, arguments, "judge", MATH_SECONDS)
-    if outcome.output == b"true":
-        return verdict("ok") | said
-    if outcome.status in ("timeout", "memory"):
-        return verdict(outcome.status) | said
-    return verdict("wrong") | said
+        same = stripped == gold.strip()
+    else:
+        arguments = [gold, answer, tail[:1000]]
+        outcome = pool.run_sandboxed("math", EQUALITY, arguments, "judge", MATH_SECONDS)
+        same = outcome.output == b"true"
+        if outcome.status in ("timeout", "memory"):
+            status = outcome.status
+    return verdict("ok" if same else status, answer=stripped)
 
 
 def readable(answers: list[str], progress: bool = False, size: int = 64) -> list[bool]:
     """Which LaTeX answers of a dataset could `math` judge by their meaning? `size` of them share a
     process; where it dies, each half gets one of its own."""
 
-    def ask(chunk: list[str]) -> list[bool]:
+    def ask(chunk):
         seconds = MATH_SECONDS + 0.02 * len(chunk)
-        program = b"from equality import readables"
-        outcome = pool.run_sandboxed("math", program, [chunk], "readables", seconds)
+        outcome = pool.run_sandboxed("math", EQUALITY, [chunk], "readables", seconds)
         if outcome.status == "ok":
             return json.loads(outcome.output)
         if len(chunk) == 1:
@@ -215,18 +201,16 @@ def readable(answers: list[str], progress: bool = False, size: int = 64) -> list
     from tqdm import tqdm  # comes with datasets; programs are judged without
 
     chunks = [answers[i : i + size] for i in range(0, len(answers), size)]
-    found = []
     with ThreadPoolExecutor(2 * pool.default_workers()) as threads:
         asked = threads.map(ask, chunks)
-        for part in tqdm(asked, "checking answers", len(chunks), disable=not progress):
-            found += part
-    return found
+        parts = tqdm(asked, "checking answers", len(chunks), disable=not progress)
+        return list(chain.from_iterable(parts))
 
 
 # -------------------------------------------------------------------------------------------- code
 
 # The names of a fenced block that can be Python
-PYTHON = set("python python3 py py3 python2 cpython pypy pypy3 ipython sage code".split()) | {""}
+PYTHON = {"", *"python python3 py py3 python2 cpython pypy pypy3 ipython sage code".split()}
 TEST_SECONDS = 4.0  # CPU time of a program on one test; by the clock twice that and a second more
 MAX_TESTS_TIME = 10  # times TEST_SECONDS: what all tests of a program may take together
 FLOAT_TOLERANCE = 1e-6  # relative, absolute below 1; only where a decimal is expected
@@ -236,34 +220,31 @@ def last_block(text: str) -> str | None:
     """The last fenced block that can be Python (by its name, or without one), also when the fence
     is not closed."""
     found = None
-    block: list[str] | None = None  # the lines of the block that is open
-    fence = name = ""
+    block = None  # the lines of the block that is open
     for line in text.split("\n"):
         mark = line.strip()
         if block is None:
             opening = re.match(r"(`{3,}|~{3,})[ \t]*\{?\.?([\w+#-]*)", mark)
             if opening and "`" not in mark[opening.end() :]:
                 fence = opening[1]
-                name = opening[2].lower()
                 block = []
+                if opening[2].lower() in PYTHON:
+                    found = block
         elif mark.endswith(fence):
             rest = line[: line.rindex(fence)]
             if rest.strip():
                 block.append(rest)
-            if name in PYTHON:
-                found = block
             block = None
         else:
             block.append(line)
-    if block is not None and name in PYTHON:
-        found = block
     if found is None:
         return None
     return textwrap.dedent("\n".join(found))
 
 
 def close(given: float, wanted: float) -> bool:
-    return abs(given - wanted) <= FLOAT_TOLERANCE * max(1.0, abs(wanted))
+    # nothing is close to infinity, nor to nan
+    return isfinite(wanted) and abs(given - wanted) <= FLOAT_TOLERANCE * max(1.0, abs(wanted))
 
 
 def same_token(given: str, wanted: str) -> bool:
@@ -276,83 +257,77 @@ def same_token(given: str, wanted: str) -> bool:
         w = float(wanted)
     except ValueError:
         return False
-    if not (isfinite(g) and isfinite(w)):
-        return False
     if re.search("[.eE]", wanted):
         return close(g, w)
     # integers: exactly, and floats are exact so far
-    return g == w and max(len(given), len(wanted)) < 17
+    return g == w and isfinite(w) and max(len(given), len(wanted)) < 17
 
 
-def token_lines(text: str) -> list[list[str]]:
-    """Line by line, without empty ones."""
-    lines = [line.split() for line in text.split("\n")]
-    return [line for line in lines if line]
+def token_lines(text: str) -> list:
+    """The words of each line that has some."""
+    return [line.split() for line in text.split("\n") if line.strip()]
 
 
 def same_output(given: bytes, wanted: str) -> bool:
     """Line by line, token by token; empty lines and spaces do not matter."""
     given_lines = token_lines(given.decode("utf-8", "replace"))
     wanted_lines = token_lines(wanted)
-    if [len(line) for line in given_lines] != [len(line) for line in wanted_lines]:
+    if list(map(len, given_lines)) != list(map(len, wanted_lines)):
         return False
-    lines = zip(given_lines, wanted_lines)
-    return all(all(map(same_token, given, wanted)) for given, wanted in lines)
+    return all(map(same_token, chain(*given_lines), chain(*wanted_lines)))
 
 
-def same_value(given: object, wanted: object) -> bool:
+def same_value(given, wanted) -> bool:
     """Of JSON: 1 is 1.0 but not true, floats within the tolerance, no NaN."""
-    if isinstance(given, bool) or isinstance(wanted, bool):
-        return given is wanted
-    if isinstance(given, float) or isinstance(wanted, float):
-        if not (isinstance(given, int | float) and isinstance(wanted, int | float)):
-            return False
-        try:
-            return isfinite(given) and isfinite(wanted) and close(given, wanted)
-        except OverflowError:  # an integer that no float can hold
-            return False
-    if isinstance(given, list) and isinstance(wanted, list):
-        return len(given) == len(wanted) and all(map(same_value, given, wanted))
-    if isinstance(given, dict) and isinstance(wanted, dict):
-        if given.keys() != wanted.keys():
-            return False
-        return all(same_value(given[key], wanted[key]) for key in wanted)
+    match given, wanted:
+        case (bool(), _) | (_, bool()):
+            return given is wanted
+        case (float(), _) | (_, float()):
+            try:
+                return close(given, wanted)
+            except (TypeError, OverflowError):  # no number; an integer that no float can hold
+                return False
+        case list(), list():
+            return len(given) == len(wanted) and all(map(same_value, given, wanted))
+        case dict(), dict():
+            same_keys = given.keys() == wanted.keys()
+            return same_keys and all(same_value(given[key], wanted[key]) for key in wanted)
     return type(given) is type(wanted) and given == wanted
 
 
-def from_json(text: str) -> object:
+def from_json(text: str):
     """Integers of 4000 digits and more stay text: to read them takes quadratic time."""
     return json.loads(text, parse_int=lambda digits: int(digits) if len(digits) < 4000 else digits)
 
 
-def same_result(given: bytes, wanted: object) -> bool:
+def same_result(given: bytes, wanted) -> bool:
     try:
         return same_value(from_json(given.decode()), wanted)
     except (ValueError, RecursionError):  # what is no JSON, or no text, or too deep
         return False
 
 
-def as_text(lines: object) -> str:
+def as_text(lines) -> str:
     """Input or output of a program, which some datasets keep as a list of lines."""
     if isinstance(lines, list):
         return "\n".join(lines)
     return str(lines)
 
 
-def as_arguments(given: object) -> object:
+def as_arguments(given):
     """The arguments of a call, which some datasets keep as JSON, one a line."""
     if isinstance(given, str):
         return [from_json(line) for line in given.split("\n") if line.strip()]
     return given
 
 
-def as_value(wanted: object) -> object:
+def as_value(wanted):
     if isinstance(wanted, str):
         return from_json(wanted)
     return wanted
 
 
-def unit_tests(row: dict) -> list[tuple[object, object]]:
+def unit_tests(row: dict) -> list[tuple]:
     """(input, expected output) of each test: texts, or for a function its list of arguments and its
     result."""
     answer = row["answer"]
@@ -368,25 +343,18 @@ def unit_tests(row: dict) -> list[tuple[object, object]]:
     return list(zip(map(as_text, inputs), map(as_text, outputs)))
 
 
-def run_test(
-    program: bytes, name: str | None, test: tuple[object, object], unsafe: bool
-) -> tuple[str, float]:
+def run_test(program: bytes, name: str | None, given, wanted, unsafe: bool) -> tuple:
     """(status, CPU seconds) of a program, or of its function `name`, on one test."""
-    given, wanted = test
-    expected = wanted
-    if not isinstance(expected, str):
-        expected = json.dumps(wanted)
+    expected = wanted if isinstance(wanted, str) else json.dumps(wanted)
     size = 2 * len(expected) + (1 << 16)
     outcome = pool.run_sandboxed("code", program, given, name, TEST_SECONDS, size, unsafe)
-    if outcome.status == "timeout":  # of the clock, perhaps: a program that sleeps pays too
-        return "timeout", max(outcome.cpu, TEST_SECONDS)
-    if outcome.status != "ok":
-        return outcome.status, outcome.cpu
-    if name:
-        right = same_result(outcome.output, wanted)
-    else:
-        right = same_output(outcome.output, wanted)
-    return "ok" if right else "wrong", outcome.cpu
+    status = outcome.status
+    if status == "timeout":  # of the clock, perhaps: a program that sleeps pays too
+        return status, max(outcome.cpu, TEST_SECONDS)
+    same = same_result if name else same_output
+    if status == "ok" and not same(outcome.output, wanted):
+        status = "wrong"
+    return status, outcome.cpu
 
 
 def code(text: str, row: dict, rules: Rules) -> dict:
@@ -398,14 +366,14 @@ def code(text: str, row: dict, rules: Rules) -> dict:
     program = last_block(text)
     if program is None and rules.answers == "any":
         program = text
-    if program is None or not program.strip():
+    if not program or not program.strip():
         return verdict("no_answer")
     source = program.encode("utf-8", "surrogatepass")
     status = "ok"
     passed = 0
     spent = 0.0
-    for test in tests:
-        outcome, seconds = run_test(source, name, test, rules.unsafe_code)
+    for given, wanted in tests:
+        outcome, seconds = run_test(source, name, given, wanted, rules.unsafe_code)
         spent += seconds
         late = spent > MAX_TESTS_TIME * TEST_SECONDS
         if outcome == "ok" and late:
@@ -417,7 +385,7 @@ def code(text: str, row: dict, rules: Rules) -> dict:
         if late or (status != "ok" and rules.code_reward == "all"):
             break
     if rules.code_reward == "fraction":
-        return verdict(status, passed / len(tests))
+        return verdict(status, reward=passed / len(tests))
     return verdict(status)
 
 
@@ -438,20 +406,18 @@ def gym(text: str, row: dict, rules: Rules) -> dict:
     answer = last_answer(answered(text))
     if answer is None:
         return verdict("no_answer")
-    said = {"answer": answer.strip()}
-    arguments = [row["answer"]["name"], row["answer"]["entry"], answer.strip()[:MAX_ANSWER]]
+    answer = answer.strip()
+    arguments = [row["answer"]["name"], row["answer"]["entry"], answer[:MAX_ANSWER]]
     outcome = pool.run_sandboxed("rg", GYM, arguments, "judge", GYM_SECONDS)
     if outcome.status != "ok":
-        return verdict(outcome.status) | said
+        return verdict(outcome.status, answer=answer)
     points = min(1.0, max(0.0, float(outcome.output)))
-    if points < 1:
-        return verdict("wrong", points) | said
-    return verdict("ok") | said
+    return verdict("wrong" if points < 1 else "ok", reward=points, answer=answer)
 
 
 # ------------------------------------------------------------------------------------- the rewards
 
-REWARDS: dict[str, Callable[[str, dict, Rules], dict]] = {  # of each task, up to a colon
+REWARDS = {  # of each task, up to a colon
     "countdown": countdown,
     "math": math,
     "code": code,
@@ -462,29 +428,26 @@ REWARDS: dict[str, Callable[[str, dict, Rules], dict]] = {  # of each task, up t
 # ----------------------------------------------------------------------------------------- batches
 
 DEFAULT = Rules()
+Results = list[dict]  # of submit()
 
 
-def reward_name(task: str) -> str:
-    """The key in REWARDS: that of rg:chain_sum is rg."""
-    return task.partition(":")[0]
-
-
-def check_tasks(tasks: set[str]) -> None:
-    unknown = sorted({reward_name(task) for task in tasks} - REWARDS.keys())
+def reward_names(tasks: set[str]) -> set[str]:
+    """Their keys in REWARDS: that of rg:chain_sum is rg. Raises where there is none."""
+    names = {task.partition(":")[0] for task in tasks}
+    unknown = sorted(names - REWARDS.keys())
     if unknown:
         raise ValueError(
             f"no reward for task {', '.join(map(repr, unknown))}: add it to REWARDS in rewards.py, "
             f"which has {', '.join(REWARDS)}"
         )
+    return names
 
 
 def judge(text: str, row: dict, rules: Rules) -> dict:
-    """The result of one response."""
-    reward = REWARDS[reward_name(row["task"])]
     try:
-        return reward(text, row, rules)
+        return REWARDS[row["task"].partition(":")[0]](text, row, rules)
     except pool.Infra as error:
-        return verdict("infra") | {"why": str(error)}
+        return verdict("infra", why=str(error))
 
 
 def submit(
@@ -502,36 +465,29 @@ def submit(
     Raises on our own mistakes only: an unknown task here; a bad row, or a machine without enough
     walls, as the result.
     """
-    check_tasks({row["task"] for row in rows})
+    reward_names({row["task"] for row in rows})
     if len(texts) != len(rows):
         raise ValueError(f"{len(texts)} texts for {len(rows)} rows: give one row for each text")
     futures = []
     for i, (text, row) in enumerate(zip(texts, rows)):
         if finished and not finished[i]:
-            future: Future = Future()
-            future.set_result(verdict("no_answer"))
+            futures.append(pool.submit(verdict, "no_answer"))
         else:
-            future = pool.submit(judge, text, row, rules)
-        futures.append(future)
+            futures.append(pool.submit(judge, text, row, rules))
     return futures
 
 
-def score(
-    texts: list[str],
-    rows: list[dict],
-    finished: list[bool] | None = None,
-    rules: Rules = DEFAULT,
-) -> list[dict]:
-    """The results of submit(), in the order of the texts; the same for any number of processes."""
-    return [future.result() for future in submit(texts, rows, finished, rules)]
+def score(*batch, **options) -> Results:
+    """The results of submit(*batch, **options), in the order of the texts; the same for any number
+    of processes."""
+    return [future.result() for future in submit(*batch, **options)]
 
 
 def start(tasks: set[str], rules: Rules = DEFAULT) -> dict[str, str]:
     """Starts what the tasks need, so that what is missing shows before the first step: packages,
     walls of the sandbox, a reward. Returns {sandbox: which walls it has}."""
-    check_tasks(tasks)
     made = {}
-    for kind in sorted({reward_name(task) for task in tasks} & pool.KINDS.keys()):
+    for kind in sorted(reward_names(tasks) & pool.KINDS.keys()):
         unsafe = kind == "code" and rules.unsafe_code
         outcome = pool.run_sandboxed(kind, b"def f(): pass", [], "f", cpu=1.0, unsafe=unsafe)
         walls = ", ".join(outcome.walls["layers"])
@@ -541,62 +497,57 @@ def start(tasks: set[str], rules: Rules = DEFAULT) -> dict[str, str]:
     return made
 
 
-def summary(scored: list[dict], tasks: list[str] = ()) -> dict[str, float]:
+def summary(scored: Results, tasks: list[str] = ()) -> dict[str, float]:
     """Means of "reward" and of every other number in the results, our own failures ("infra") left
     out; the part of the results with each status. Where there are several, reward and share right
     of each of the `tasks` of the results."""
-    row = {}
     statuses = [result["status"] for result in scored]
-    for status in STATUSES:
-        row[f"reward/{status}_frac"] = statuses.count(status) / len(scored)
-    values: dict[str, list[float]] = {}
+    row = {f"reward/{name}_frac": statuses.count(name) / len(scored) for name in STATUSES}
+    values = defaultdict(list)
     for result in scored:
         if result["status"] != "infra":
             for part, value in result.items():
                 if isinstance(value, int | float):
-                    values.setdefault(part, []).append(value)
+                    values[part].append(value)
     for part in sorted(values):
         key = "reward/mean" if part == "reward" else f"reward/{part}"
         row[key] = sum(values[part]) / len(values[part])
     for task, results in by_task(scored, tasks).items():
         own = summary(results)
-        for key in ("mean", "correct"):
-            if f"reward/{key}" in own:
-                row[f"reward/{task}/{key}"] = own[f"reward/{key}"]
+        for key in ("reward/mean", "reward/correct"):
+            if key in own:
+                row[key.replace("reward/", f"reward/{task}/")] = own[key]
     return row
 
 
-def by_task(scored: list[dict], tasks: list[str]) -> dict[str, list[dict]]:
+def by_task(scored: Results, tasks: list[str]) -> dict[str, Results]:
     """The results of each task, where there are several."""
-    if len(set(tasks)) < 2:
-        return {}
-    groups: dict[str, list[dict]] = {task: [] for task in sorted(set(tasks))}
+    groups = defaultdict(list)
     for result, task in zip(scored, tasks):
         groups[task].append(result)
-    return groups
+    return dict(sorted(groups.items())) if len(groups) > 1 else {}
 
 
-def count_right(row: list[dict]) -> int:
-    return len([result for result in row if result["correct"] == 1])
+def count_right(row: Results) -> int:
+    return [result["correct"] for result in row].count(1)
 
 
 def mean(values: list[float]) -> float:
     return fmean(values or [0.0])
 
 
-def pass_at(n: int, rows: list[list[dict]]) -> float:
+def pass_at(n: int, rows: list[Results]) -> float:
     """The chance that at least one of n answers to a question is right, without bias, over rows of
     at least n answers to the same question (of all, where there are fewer); arXiv:2107.03374,
     equation 1."""
     chances = []
     for row in rows:
         drawn = min(n, len(row))
-        all_wrong = comb(len(row) - count_right(row), drawn) / comb(len(row), drawn)
-        chances.append(1 - all_wrong)
+        chances.append(1 - comb(len(row) - count_right(row), drawn) / comb(len(row), drawn))
     return mean(chances)
 
 
-def majority(row: list[dict]) -> float:
+def majority(row: Results) -> float:
     """Is the most frequent of the answers to one question right? Right ones are the same one; a tie
     counts for its share."""
     right = count_right(row)
@@ -607,15 +558,15 @@ def majority(row: list[dict]) -> float:
     return 1 / (1 + counts.count(right))
 
 
-def evaluation(scored: list[dict], k: int, tasks: list[str] = ()) -> dict[str, float]:
+def evaluation(scored: Results, k: int, tasks: list[str] = ()) -> dict[str, float]:
     """Of k results for each held-out row, neighbours together: the share right (mean@k), pass@n for
     n = 1, 2, 4 ... k, and maj@k where answers can be compared. "infra" is left out. `tasks` as in
     summary()."""
-    rows = []
-    for i in range(0, len(scored), k):
-        sound = [result for result in scored[i : i + k] if result["status"] != "infra"]
-        if sound:
-            rows.append(sound)
+    groups = defaultdict(list)
+    for i, result in enumerate(scored):
+        if result["status"] != "infra":
+            groups[i // k].append(result)
+    rows = list(groups.values())
     out = {"eval/correct": mean([count_right(row) / len(row) for row in rows])}
     if k > 1:
         out[f"eval/mean_at_{k}"] = out["eval/correct"]
@@ -624,7 +575,7 @@ def evaluation(scored: list[dict], k: int, tasks: list[str] = ()) -> dict[str, f
             out[f"eval/pass_at_{n}"] = pass_at(n, rows)
             n *= 2
         out[f"eval/pass_at_{k}"] = pass_at(k, rows)
-        if any("answer" in result for row in rows for result in row):
+        if any("answer" in result for result in scored):
             out[f"eval/maj_at_{k}"] = mean([majority(row) for row in rows])
     for task, results in by_task(scored, tasks).items():
         for key, value in evaluation(results, k).items():

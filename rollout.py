@@ -6,20 +6,23 @@ teaching, for debugging, and as a second opinion in the tests. Anything with the
 engine: `make_sampler` is the place to name a new one.
 Refuses to know: rewards, losses, datasets, text. Ids are never decoded and re-encoded on the way to
 the trainer.
-Left out on purpose: top_p and top_k. They change the distribution sampled from, and with it every
-ratio in the loss.
+Left out on purpose: which prompts are answered again (`refill` in ppo.py), whether the weights
+arrived (the canary of `sync`, there, too), and top_p and top_k: they change the distribution
+sampled from, and with it every ratio in the loss.
 """
 
 import gc
 import math
 import os
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from infra.dist import Ranks, everywhere, gather, share
 
@@ -43,7 +46,7 @@ class Rollout(NamedTuple):
     ids: Tensor  # (B, T) long: prompt + response, right-padded with 0
     # (B, T) bool: the policy chose this token; EOS included. Made from lengths, never from ids
     mask: Tensor
-    sampler_logprobs: Tensor  # (B, T) fp32, 0 outside the mask
+    engine_logprobs: Tensor  # (B, T) fp32, 0 outside the mask
     lengths: list[int]  # B, prompt + response
 
 
@@ -51,22 +54,13 @@ def collate(
     prompts: list[list[int]], samples: list[Sample], device: torch.device | str = "cpu"
 ) -> Rollout:
     """One row for each (prompt, sample) pair."""
-    lengths = []
-    for prompt, sample in zip(prompts, samples, strict=True):
-        lengths.append(len(prompt) + len(sample.ids))
-    width = max(lengths)
     ids, mask, logprobs = [], [], []
-    for prompt, sample, length in zip(prompts, samples, lengths):
-        padding = width - length
-        ids.append(prompt + sample.ids + [0] * padding)
-        mask.append([False] * len(prompt) + [True] * len(sample.ids) + [False] * padding)
-        logprobs.append([0.0] * len(prompt) + sample.logprobs + [0.0] * padding)
-    return Rollout(
-        torch.tensor(ids, device=device),
-        torch.tensor(mask, device=device),
-        torch.tensor(logprobs, device=device),
-        lengths,
-    )
+    for prompt, sample in zip(prompts, samples, strict=True):
+        ids.append(torch.tensor(prompt + sample.ids))
+        mask.append(torch.tensor([False] * len(prompt) + [True] * len(sample.ids)))
+        logprobs.append(torch.tensor([0.0] * len(prompt) + sample.logprobs))
+    padded = [pad_sequence(rows, batch_first=True).to(device) for rows in (ids, mask, logprobs)]
+    return Rollout(*padded, [len(row) for row in ids])
 
 
 def summary(samples: list[Sample], seconds: float) -> dict[str, float]:
@@ -81,19 +75,16 @@ def summary(samples: list[Sample], seconds: float) -> dict[str, float]:
 
 def mismatch(trainer: Tensor, engine: Tensor, cap: float) -> dict[str, float]:
     """How far the engine's log-probs of its samples are from the trainer's, both (K,); `cap`
-    truncates the ratio."""
+    truncates the ratio, 0 does not."""
     gap = trainer - engine
     ratio = gap.exp()
-    clipped = 0.0
-    if cap:
-        clipped = (ratio > cap).float().mean().item()
     return {
         "mismatch/logp_abs_mean": gap.abs().mean().item(),
         "mismatch/logp_abs_max": gap.abs().max().item(),
         # KL(engine || trainer), the k3 estimate
         "mismatch/kl": (ratio - 1 - gap).mean().item(),
         "mismatch/ratio_max": gap.max().exp().item(),
-        "mismatch/clipped_frac": clipped,
+        "mismatch/clipped_frac": (ratio > (cap or math.inf)).float().mean().item(),
     }
 
 
@@ -112,20 +103,20 @@ def records(
     every = math.ceil(len(rows) / (count or len(rows)))
     out = []
     for b in range(0, len(rows), every):
+        row, sample = rows[b], samples[b]
         record = {
             "step": step,
-            "id": rows[b]["id"],
-            "prompt": rows[b]["prompt"],
+            "id": row["id"],
+            "prompt": row["prompt"],
             "response": texts[b],
-            "finished": samples[b].finished,
+            "finished": sample.finished,
         }
         if decode:
-            ids = samples[b].ids[-MOST_TOKENS:]
-            end = len(rows[b]["ids"]) + len(samples[b].ids)
+            ids = sample.ids[-MOST_TOKENS:]
+            end = len(row["ids"]) + len(sample.ids)
             record["tokens"] = [decode([token]) for token in ids]
             for name, x in numbers.items():
-                values = x[b, end - len(ids) : end].tolist()
-                record[name] = [round(value, 4) for value in values]
+                record[name] = [round(value, 4) for value in x[b, end - len(ids) : end].tolist()]
         out.append(record | scored[b])
     return out
 
@@ -135,13 +126,16 @@ def show(samples: list[dict]) -> str:
     the file."""
     lines = []
     for sample in samples:
-        judged = []
-        for name, value in sample.items():
-            if name not in ("prompt", "response", "id") and not isinstance(value, list):
-                judged.append(f"{name} {value}")
-        lines.append(f"    prompt   {str(sample['prompt'])[-200:]!r}")
-        lines.append(f"    response {sample['response']!r}")
-        lines.append(f"    judged   {', '.join(judged)}")
+        judged = [
+            f"{name} {value}"
+            for name, value in sample.items()
+            if name not in ("prompt", "response", "id") and not isinstance(value, list)
+        ]
+        lines += [
+            f"    prompt   {str(sample['prompt'])[-200:]!r}",
+            f"    response {sample['response']!r}",
+            f"    judged   {', '.join(judged)}",
+        ]
     return "\n".join(lines)
 
 
@@ -155,16 +149,11 @@ def eos_ids(path: str, tokenizer) -> list[int]:
     models have several)."""
     from transformers import GenerationConfig
 
-    found = [tokenizer.eos_token_id]
-    try:
+    found = {tokenizer.eos_token_id}
+    with suppress(OSError):  # the folder has none
         more = GenerationConfig.from_pretrained(path).eos_token_id
-    except OSError:  # the folder has none
-        more = None
-    if isinstance(more, list):
-        found += more
-    else:
-        found.append(more)
-    return sorted({token for token in found if token is not None})
+        found |= set(more) if isinstance(more, list) else {more}
+    return sorted(found - {None})
 
 
 class VLLMSampler:
@@ -196,19 +185,19 @@ class VLLMSampler:
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine core lives in this process
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         local_world = os.environ.get("LOCAL_WORLD_SIZE")  # vLLM on CPU overwrites it
-        if not cuda:
+        if cuda:
+            options = {"gpu_memory_utilization": gpu_memory}
+        else:
             _prepare_cpu()
+            options = {
+                "kv_cache_memory_bytes": kv_cache_mb << 20,
+                # a prompt fed in two parts makes a seeded request fail there ("Generator does not
+                # use offset")
+                "enable_chunked_prefill": False,
+                "max_num_batched_tokens": max(4096, max_len),
+            }
         from vllm import LLM
 
-        options = {}
-        if cuda:
-            options["gpu_memory_utilization"] = gpu_memory
-        else:
-            options["kv_cache_memory_bytes"] = kv_cache_mb << 20
-            # a prompt fed in two parts makes a seeded request fail there ("Generator does not use
-            # offset")
-            options["enable_chunked_prefill"] = False
-            options["max_num_batched_tokens"] = max(4096, max_len)
         if dist.is_initialized():
             options["distributed_executor_backend"] = "external_launcher"
         try:
@@ -240,11 +229,9 @@ class VLLMSampler:
             raise RuntimeError(f"the engine did not start ({advice}): {error}") from error
         if local_world is not None:
             os.environ["LOCAL_WORLD_SIZE"] = local_world
-        self.rank = 0  # among those that share this engine
-        self.group = None
+        self.group = None  # the ranks that share this engine
         if tp > 1:
-            self.rank = dist.get_rank() % tp
-            self.group = _group_of_this_rank(tp)
+            self.group, _ = dist.new_subgroups(tp)
 
     def sample(
         self,
@@ -264,43 +251,44 @@ class VLLMSampler:
         requests = [(ids, seed + i * n) for i, ids in enumerate(prompts)]
         first = 0  # of this rank's own requests
         if self.group is not None:  # ranks of one engine must ask for the same things in one order
-            asked: list = [None] * dist.get_world_size(self.group)
+            asked = [None] * dist.get_world_size(self.group)
             dist.all_gather_object(asked, requests, group=self.group)
-            first = sum(len(part) for part in asked[: self.rank])
+            first = sum(len(part) for part in asked[: dist.get_rank(self.group)])
             requests = [request for part in asked for request in part]
         if not requests:  # more ranks than prompts
             return []
-        inputs, params = [], []
-        for ids, first_seed in requests:
-            inputs.append({"prompt_token_ids": ids})
-            params.append(
-                SamplingParams(
-                    n=n,
-                    temperature=temperature,
-                    max_tokens=min(max_new_tokens, self.max_len - len(ids)),
-                    seed=first_seed,
-                    # so EOS stays in the answer, and its log-prob with it
-                    stop_token_ids=self.eos_ids,
-                    ignore_eos=True,
-                    logprobs=0,
-                    flat_logprobs=True,
-                    stop=self.stop,
-                    include_stop_str_in_output=True,
-                    detokenize=bool(self.stop),
-                    skip_special_tokens=False,
-                )
+        inputs = [{"prompt_token_ids": ids} for ids, _ in requests]
+        params = [
+            SamplingParams(
+                n=n,
+                temperature=temperature,
+                max_tokens=min(max_new_tokens, self.max_len - len(ids)),
+                seed=first_seed,
+                # so EOS stays in the answer, and its log-prob with it
+                stop_token_ids=self.eos_ids,
+                ignore_eos=True,
+                logprobs=0,
+                flat_logprobs=True,
+                stop=self.stop,
+                include_stop_str_in_output=True,
+                detokenize=bool(self.stop),
+                skip_special_tokens=False,
             )
+            for ids, first_seed in requests
+        ]
         self.llm.reset_prefix_cache()  # so that a call depends on nothing before it
         outputs = self.llm.generate(inputs, params, use_tqdm=progress)
-        samples = []
-        for output in outputs[first : first + len(prompts)]:
-            for completion in output.outputs:
-                ids = list(completion.token_ids)
-                logprobs = list(completion.logprobs.logprobs)
-                samples.append(Sample(ids, logprobs, completion.finish_reason == "stop"))
-        return samples
+        return [
+            Sample(
+                list(completion.token_ids),
+                list(completion.logprobs.logprobs),
+                completion.finish_reason == "stop",
+            )
+            for output in outputs[first : first + len(prompts)]
+            for completion in output.outputs
+        ]
 
-    def load(self, named_tensors: Iterable[tuple[str, Tensor]]) -> None:
+    def load(self, named_tensors: Iterable[tuple[str, Tensor]]):
         """New weights under their Hugging Face names, one at a time from a generator (collective
         for tp > 1: every rank iterates). vLLM fuses q/k/v, slices for its rank, casts and copies in
         place."""
@@ -308,38 +296,26 @@ class VLLMSampler:
         self.llm.apply_model(lambda model: model.load_weights(named_tensors))
         self.llm.reset_prefix_cache()
 
-    def sleep(self) -> None:
+    def sleep(self):
         """Gives weights and KV cache back to the card. Level 2 keeps no copy: `load` must come
         before `sample`."""
         if self.awake and torch.cuda.is_available():
             self.llm.sleep(level=2)
             self.awake = False
 
-    def wake(self) -> None:
+    def wake(self):
         if not self.awake:
             gc.collect()
             torch.cuda.empty_cache()  # the trainer's cached blocks are in the way
             self.llm.wake_up()
             self.awake = True
 
-    def close(self) -> None:
+    def close(self):
         """Ends the engine and, with it, torch.distributed: the last call of a run."""
         self.llm.llm_engine.engine_core.shutdown()
 
 
 @dataclass
-class Request:
-    """What the samplers are asked for, on all ranks alike. `limit` tokens each; (step, purpose)
-    choose the seeds."""
-
-    prompts: list[list[int]]
-    n: int
-    limit: int
-    temperature: float
-    step: int
-    purpose: int
-
-
 class Engine:
     """The samplers of all ranks, which are asked together. When one fails, every rank makes a new
     one, with the weights that `rescue(what failed)` gives, and asks again, once.
@@ -347,33 +323,39 @@ class Engine:
     A sampler is anything with sample, load, sleep and wake. `close` is called where there is
     one."""
 
-    def __init__(
-        self,
-        make: Callable,
-        rescue: Callable,
-        ranks: Ranks,
-        seed: int,
-        progress: bool = False,
-    ):
-        self.make = make
-        self.rescue = rescue
-        self.ranks = ranks
-        self.seed = seed
-        self.progress = progress
-        self.sampler = make()
+    make: Callable
+    rescue: Callable
+    ranks: Ranks
+    seed: int
+    progress: bool
 
-    def ask(self, request: Request) -> list[Sample]:
-        """n samples of each prompt, on all ranks; each rank asks for its share. They are functions
-        of (seed, step, purpose) and a prompt's place alone."""
+    def __post_init__(self):
+        self.sampler = self.make()
+
+    def ask(
+        self,
+        prompts: list[list[int]],
+        n: int,
+        limit: int,
+        temperature: float,
+        step: int,
+        purpose: int,
+    ) -> list[Sample]:
+        """n samples of at most `limit` tokens for each prompt, on all ranks; each rank asks for its
+        share. They are functions of (seed, step, purpose) and a prompt's place alone."""
+        ranks = self.ranks
+        first = ranks.rank * len(prompts) // ranks.world  # of this rank's share
+        seed = stream(self.seed, step, purpose) + first * n
         for attempt in (1, 2):
             samples, error = [], ""
             try:
-                samples = self._ask_share(request)
+                mine = share(prompts, ranks)
+                samples = self.sampler.sample(mine, n, limit, temperature, seed, self.progress)
             except Exception as fault:
-                error = f"rank {self.ranks.rank}: {type(fault).__name__}: {fault} "
-            errors = "".join(everywhere(error, self.ranks))
+                error = f"rank {ranks.rank}: {type(fault).__name__}: {fault} "
+            errors = "".join(everywhere(error, ranks))
             if not errors:
-                return gather(samples, self.ranks)
+                return gather(samples, ranks)
             if attempt == 1:
                 weights = self.rescue(errors)
                 self.sampler = None  # its memory is needed
@@ -383,25 +365,13 @@ class Engine:
             f"an engine failed twice on the same prompts; what was trained is saved. {errors}"
         )
 
-    def _ask_share(self, request: Request) -> list[Sample]:
-        first = self.ranks.rank * len(request.prompts) // self.ranks.world
-        seed = stream(self.seed, request.step, request.purpose) + first * request.n
-        return self.sampler.sample(
-            share(request.prompts, self.ranks),
-            request.n,
-            request.limit,
-            request.temperature,
-            seed,
-            self.progress,
-        )
-
-    def load(self, named_tensors: Iterable[tuple[str, Tensor]]) -> None:
+    def load(self, named_tensors: Iterable[tuple[str, Tensor]]):
         self.sampler.load(named_tensors)
 
-    def sleep(self) -> None:
+    def sleep(self):
         self.sampler.sleep()
 
-    def close(self) -> None:
+    def close(self):
         """The last call of a run; afterwards there is no torch.distributed."""
         close = getattr(self.sampler, "close", None)
         if close:
@@ -410,17 +380,7 @@ class Engine:
             dist.destroy_process_group()
 
 
-def _group_of_this_rank(tp: int) -> dist.ProcessGroup:
-    """The `tp` consecutive ranks that share an engine. Collective: every rank makes every group."""
-    mine = None
-    for first in range(0, dist.get_world_size(), tp):
-        group = dist.new_group(list(range(first, first + tp)))
-        if first <= dist.get_rank() < first + tp:
-            mine = group
-    return mine
-
-
-def _prepare_cpu() -> None:
+def _prepare_cpu():
     """Two corrections to vLLM 0.32 on CPU, both before the engine is built."""
     import vllm.distributed.device_communicators.cpu_communicator as communicator
     import vllm.model_executor.layers.utils as layers
@@ -456,9 +416,7 @@ class TorchSampler:
     ):
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
-        self.device = "cpu"
-        if torch.cuda.is_available():
-            self.device = f"cuda:{torch.cuda.current_device()}"
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
         model = AutoModelForCausalLM.from_pretrained(
             path,
             dtype=dtype,
@@ -466,15 +424,12 @@ class TorchSampler:
             use_safetensors=True,
             trust_remote_code=False,
         )
-        self.model = model.to(self.device)
-        self.model.requires_grad_(False).eval()
+        self.model = model.to(self.device).requires_grad_(False).eval()
         self.eos_ids = torch.tensor(eos_ids, device=self.device)
         self.max_len = max_len
         self.max_seqs = max_seqs
         self.stop = stop
-        self.tokenizer = None
-        if stop:
-            self.tokenizer = AutoTokenizer.from_pretrained(path)
+        self.tokenizer = AutoTokenizer.from_pretrained(path) if stop else None
 
     @torch.no_grad()
     def sample(
@@ -487,41 +442,33 @@ class TorchSampler:
         progress: bool = False,
     ) -> list[Sample]:
         """As VLLMSampler.sample, with other random numbers for the same seeds."""
+        from tqdm import tqdm
+
         self.wake()
         jobs = [(ids, seed + i * n + j) for i, ids in enumerate(prompts) for j in range(n)]
         starts = range(0, len(jobs), self.max_seqs)
-        if progress:
-            from tqdm import tqdm
-
-            starts = tqdm(starts, desc="sampling", leave=False)
         samples = []
-        for start in starts:
+        for start in tqdm(starts, "sampling", leave=False, disable=not progress):
             chunk = jobs[start : start + self.max_seqs]
             samples += self._decode(chunk, max_new_tokens, temperature)
         return samples
 
-    def _decode(
-        self, jobs: list[tuple[list[int], int]], max_new_tokens: int, temperature: float
-    ) -> list[Sample]:
+    def _decode(self, jobs, max_new_tokens, temperature) -> list[Sample]:
         """One response for each (prompt, seed)."""
-        width = max(len(prompt) for prompt, _ in jobs)
-        ids, real, limits = [], [], []
-        for prompt, _ in jobs:
-            padding = width - len(prompt)
-            ids.append([0] * padding + prompt)
-            real.append([0] * padding + [1] * len(prompt))
-            limits.append(min(max_new_tokens, self.max_len - len(prompt)))
-        ids = torch.tensor(ids, device=self.device)
-        real = torch.tensor(real, device=self.device)  # (B, tokens so far): not padding
-        draws = []  # a response's own uniform numbers
-        for _, seed in jobs:
-            draws.append(torch.rand(max(limits), generator=torch.Generator().manual_seed(seed)))
-        draws = torch.stack(draws)
+        prompts = [torch.tensor(prompt, device=self.device) for prompt, _ in jobs]
+        ids = pad_sequence(prompts, batch_first=True, padding_side="left")
+        ones = [torch.ones_like(prompt) for prompt in prompts]
+        # (B, tokens so far): 0 is padding
+        real = pad_sequence(ones, batch_first=True, padding_side="left")
+        limits = [min(max_new_tokens, self.max_len - len(prompt)) for prompt in prompts]
+        generators = [torch.Generator().manual_seed(seed) for _, seed in jobs]
+        # (B, t), a response's own uniform numbers
+        draws = torch.stack([torch.rand(max(limits), generator=one) for one in generators])
 
         cache = None
         done = torch.zeros(len(jobs), dtype=torch.bool, device=self.device)
-        tokens: list[list[int]] = [[] for _ in jobs]
-        logprobs: list[list[float]] = [[] for _ in jobs]
+        tokens = ids[:, :0]  # (B, t): none yet, and as many log-probs
+        logprobs = tokens.float()
         for t in range(max(limits)):
             position = (real.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
             out = self.model(
@@ -539,39 +486,36 @@ class TorchSampler:
                 ids = _draw(logp, draws[:, t, None])
             else:
                 ids = logp.argmax(-1, keepdim=True)
-            new_ids = ids[:, 0].tolist()
-            new_logprobs = logp.gather(1, ids)[:, 0].tolist()
-            for b in range(len(jobs)):
-                tokens[b].append(new_ids[b])
-                logprobs[b].append(new_logprobs[b])
+            tokens = torch.cat([tokens, ids], dim=1)
+            logprobs = torch.cat([logprobs, logp.gather(1, ids)], dim=1)
             real = torch.cat([real, torch.ones_like(ids)], dim=1)
             done |= torch.isin(ids[:, 0], self.eos_ids)
             if self.stop:
                 for b in (~done).nonzero()[:, 0].tolist():
-                    done[b] = self._stops(tokens[b])
+                    done[b] = self._stops(tokens[b].tolist())
             if done.all():
                 break
-        return [self._cut(*parts) for parts in zip(tokens, logprobs, limits)]
+        return list(map(self._cut, tokens.tolist(), logprobs.tolist(), limits))
 
-    def _cut(self, tokens: list[int], logprobs: list[float], limit: int) -> Sample:
+    def _cut(self, tokens, logprobs, limit) -> Sample:
         """What comes after the end of a response is not part of it."""
         end_ids = self.eos_ids.tolist()
-        for t, token in enumerate(tokens[:limit]):
-            if token in end_ids or self._stops(tokens[: t + 1]):
-                return Sample(tokens[: t + 1], logprobs[: t + 1], True)
+        for length, token in enumerate(tokens[:limit], 1):
+            if token in end_ids or self._stops(tokens[:length]):
+                return Sample(tokens[:length], logprobs[:length], True)
         return Sample(tokens[:limit], logprobs[:limit], False)
 
-    def _stops(self, ids: list[int]) -> bool:
+    def _stops(self, ids) -> bool:
         """Do these tokens complete one of the texts that end a response?"""
         if not self.stop:
             return False
-        longest = max(len(text) for text in self.stop)
+        longest = max(map(len, self.stop))
         # a token is at least a byte, a character at most four
         ending = self.tokenizer.decode(ids[-4 * longest - 4 :])
         return any(text in ending for text in self.stop)
 
     @torch.no_grad()
-    def load(self, named_tensors: Iterable[tuple[str, Tensor]]) -> None:
+    def load(self, named_tensors: Iterable[tuple[str, Tensor]]):
         mine = dict(self.model.named_parameters())
         for name, tensor in named_tensors:
             mine.pop(name).copy_(tensor)
@@ -580,18 +524,18 @@ class TorchSampler:
                 f"no new weights came for {sorted(mine)}: the engine would answer with stale ones"
             )
 
-    def sleep(self) -> None:
+    def sleep(self):
         self.model.to("cpu")
 
-    def wake(self) -> None:
+    def wake(self):
         self.model.to(self.device)
 
-    def close(self) -> None:
+    def close(self):
         if dist.is_initialized():
             dist.destroy_process_group()
 
 
-def _draw(logp: Tensor, uniform: Tensor) -> Tensor:
+def _draw(logp, uniform):
     """Inverse-CDF sampling: logp (B, V), a number in [0, 1) for each row (B, 1) -> ids (B, 1)."""
     cdf = logp.exp().double().cumsum(-1)
     target = uniform.to(cdf) * cdf[:, -1:]

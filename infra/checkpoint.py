@@ -16,8 +16,10 @@ import os
 import shutil
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import safetensors.torch
@@ -31,84 +33,67 @@ from infra.dist import Ranks
 from infra.log import hidden, say, to_disk, write
 from infra.models import Trained, full_weights, gathered
 
+# file name -> whole tensors on the CPU: what one rank writes of a checkpoint
+Files = dict[str, dict[str, Tensor]]
+
 # ------------------------------------------------------------------------------- what is written
 
 
-class Shares:
-    """Deals whole tensors to the ranks, each to the one that has the least so far. A rank copies
-    its own to the CPU and forgets the others, so that nobody holds a whole model."""
-
-    def __init__(self, ranks: Ranks):
-        self.ranks = ranks
-        self.load = [0] * ranks.world  # numbers of each rank
-        self.mine: dict[str, dict[str, Tensor]] = {}  # file -> tensors
-
-    def add(self, stem: str, key: str, tensor: Tensor) -> str:
-        """The file that the tensor belongs to: STEM.safetensors, or that of its rank."""
-        owner = self.load.index(min(self.load))
-        self.load[owner] += tensor.numel()
-        file = f"{stem}.safetensors"
-        if self.ranks.world > 1:
-            file = f"{stem}-{owner + 1:05d}-of-{self.ranks.world:05d}.safetensors"
-        if owner == self.ranks.rank:
-            tensors = self.mine.setdefault(file, {})
-            tensors[key] = tensor.detach().to("cpu", copy=True).contiguous()
-        return file
-
-
-def checkpoint_parts(
-    trained: dict[str, Trained], ranks: Ranks, tokenizer, folder: Path
-) -> dict[str, dict[str, Tensor]]:
-    """What this rank writes of a checkpoint: file name -> whole tensors on the CPU, of weights in
-    fp32 and of AdamW's moments. Collective. Rank 0 also writes what makes `folder`/policy and
-    /critic ordinary Hugging Face folders."""
-    parts = {}
+def checkpoint_parts(trained: dict[str, Trained], ranks: Ranks, tokenizer, folder: Path) -> Files:
+    """What this rank writes. Collective. Whole tensors are dealt to the ranks, each to the one that
+    has the least so far. A rank copies its own to the CPU and forgets the others, so that nobody
+    holds a whole model. Rank 0 also writes what makes `folder`/policy and /critic ordinary Hugging
+    Face folders."""
+    mine = defaultdict(dict)
     for name, each in trained.items():
-        shares = Shares(ranks)
+        load = [0] * ranks.world  # numbers of each rank
         weight_map = {}
-        for key, tensor in full_weights(each.model, torch.float32):
-            file = shares.add(f"{name}/model", key, tensor)
-            weight_map[key] = Path(file).name
-        for key, tensor in full_moments(each):
-            shares.add(f"{name}.optimizer", key, tensor)
-        parts |= shares.mine
+        for key, tensor, stem in whole_tensors(name, each):
+            owner = load.index(min(load))
+            load[owner] += tensor.numel()
+            file = f"{stem}.safetensors"
+            if ranks.world > 1:
+                file = f"{stem}-{owner + 1:05d}-of-{ranks.world:05d}.safetensors"
+            if owner == ranks.rank:
+                mine[file][key] = tensor.detach().to("cpu", copy=True).contiguous()
+            if stem == f"{name}/model":
+                weight_map[key] = Path(file).name
         if ranks.rank == 0:
             describe(each.model, tokenizer, folder / name)
             if ranks.world > 1:
-                text = json.dumps({"metadata": {}, "weight_map": weight_map})
-                (folder / name / "model.safetensors.index.json").write_text(text)
-    return parts
+                index = folder / name / "model.safetensors.index.json"
+                index.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return mine
 
 
-def full_moments(trained: Trained) -> Iterator[tuple[str, Tensor]]:
-    """(PARAMETER.MOMENT, whole tensor) of AdamW's state; collective. There is none before the first
-    step: of the policy, while the critic is warmed up."""
-    for name, p in trained.model.named_parameters():
+def whole_tensors(name: str, trained: Trained) -> Iterator[tuple[str, Tensor, str]]:
+    """(key, tensor, stem of its file) of the weights in fp32 and, as PARAMETER.MOMENT, of AdamW's
+    state; collective. There is no state before the first step: of the policy, while the critic is
+    warmed up."""
+    for key, tensor in full_weights(trained.model, torch.float32):
+        yield key, tensor, f"{name}/model"
+    for key, p in trained.model.named_parameters():
         for moment, x in trained.optimizer.state.get(p, {}).items():
-            yield f"{name}.{moment}", gathered(x)
+            yield f"{key}.{moment}", gathered(x), f"{name}.optimizer"
 
 
-def describe(model, tokenizer, folder: Path) -> None:
-    """config.json, the tokenizer's files and, where the model has one, generation_config.json."""
-    model.config.save_pretrained(folder)
-    if tokenizer:
-        tokenizer.save_pretrained(folder)
-    generation = getattr(model, "generation_config", None)
-    if generation:
-        generation.save_pretrained(folder)
+def describe(model, tokenizer, folder: Path):
+    """config.json and, where there are a tokenizer and a generation_config.json, their files."""
+    for part in (model.config, tokenizer, getattr(model, "generation_config", None)):
+        if part:
+            part.save_pretrained(folder)
 
 
-def load_moments(folder: Path | None, trained: dict[str, Trained]) -> None:
+def load_moments(folder: Path | None, trained: dict[str, Trained]):
     """AdamW's moments from `checkpoint_parts`, whoever wrote them, sharded as models are now."""
     if folder is None:
         return
     for name, each in trained.items():
-        parameters = dict(each.model.named_parameters())
         for file in sorted(folder.glob(f"{name}.optimizer*.safetensors")):
             with safe_open(file, "pt") as tensors:
                 for key in tensors.keys():
                     owner, moment = key.rsplit(".", 1)
-                    p = parameters[owner]
+                    p = each.model.get_parameter(owner)
                     x = shard_like(p, tensors.get_tensor(key))
                     each.optimizer.state[p][moment] = x.to(p.device, copy=True)
 
@@ -145,14 +130,11 @@ def seal_of(state: dict) -> str:
 
 def read_state(folder: Path) -> dict:
     """state.json of a checkpoint; {} when it cannot be read, or is not as it was written."""
-    try:
+    with suppress(OSError, ValueError, KeyError, AttributeError, TypeError):
         state = json.loads((folder / "state.json").read_text())
-        seal = state.pop("seal")
-    except (OSError, ValueError, KeyError, AttributeError, TypeError):
-        return {}
-    if seal != seal_of(state):
-        return {}
-    return state
+        if state.pop("seal") == seal_of(state):
+            return state
+    return {}
 
 
 def damage(folder: Path, part: int = 0, parts: int = 1) -> list[str]:
@@ -177,9 +159,8 @@ def find_checkpoint(
     that `may_change`: else ValueError. `gather` joins what the ranks found."""
     damaged = []
     for path in found:
-        bad = []
-        for texts in gather(damage(path, watchdog.RANK, watchdog.WORLD)):
-            bad += texts
+        parts = gather(damage(path, watchdog.RANK, watchdog.WORLD))
+        bad = [text for texts in parts for text in texts]
         if bad:
             damaged.append(path)
             if watchdog.RANK == 0:
@@ -188,7 +169,9 @@ def find_checkpoint(
         state = read_state(path)
         refuse_other_flags(path, state["config"], hidden(config), may_change)
         if watchdog.RANK == 0:
-            set_aside(damaged)  # not before there is a whole one: the next start is told, too
+            for other in damaged:  # not before there is a whole one: the next start is told, too
+                shutil.rmtree(f"{other}.damaged", ignore_errors=True)
+                other.rename(f"{other}.damaged")
             # the end may have come between a checkpoint's last name and this
             tidy(path.parent, config["keep_last"], config["keep_best"])
         return path, state
@@ -200,22 +183,17 @@ def find_checkpoint(
     return None, {}
 
 
-def refuse_other_flags(path: Path, old: dict, new: dict, may_change: set[str]) -> None:
-    changed = []
-    for name in sorted(old | new):
-        if name not in may_change and old.get(name) != new.get(name):
-            changed.append(f"{name}: {old.get(name)!r} there, {new.get(name)!r} now")
+def refuse_other_flags(path: Path, old: dict, new: dict, may_change: set[str]):
+    changed = [
+        f"{name}: {old.get(name)!r} there, {new.get(name)!r} now"
+        for name in sorted((old | new).keys() - may_change)
+        if old.get(name) != new.get(name)
+    ]
     if changed:
-        fix = f"give the old values, or start a new run from {path}/policy and {path}/critic"
         raise ValueError(
-            f"resume: {path} is of a run with other flags: {'; '.join(changed)}: {fix}"
+            f"resume: {path} is of a run with other flags: {'; '.join(changed)}: "
+            f"give the old values, or start a new run from {path}/policy and {path}/critic"
         )
-
-
-def set_aside(damaged: list[Path]) -> None:
-    for path in damaged:
-        shutil.rmtree(f"{path}.damaged", ignore_errors=True)
-        path.rename(f"{path}.damaged")
 
 
 # --------------------------------------------------------------------------------- how it is saved
@@ -231,7 +209,7 @@ class Saver:
         self.keep_best = keep_best
         self.saved = time.monotonic()  # when the last one was begun
         self.pool = ThreadPoolExecutor(1, "checkpoint")
-        self.pending: Future | None = None
+        self.pending = None  # a Future
 
     def begin(self, final: Path, names: Iterable[str], gather: Callable) -> Path:
         """The folder beside `final` to write into, with an empty folder for each of `names`, on all
@@ -250,24 +228,23 @@ class Saver:
             )
         return aside
 
-    def save(self, final: Path, parts: dict[str, dict[str, Tensor]], state: dict) -> None:
-        """`parts`: what this rank writes, file -> tensors on the CPU; `state`: what goes into
-        state.json."""
+    def save(self, final: Path, parts: Files, state: dict):
+        """`parts`: what this rank writes; `state`: what goes into state.json."""
         self.saved = time.monotonic()
         state = json.loads(json.dumps(state))  # as it is now
         self.pending = self.pool.submit(self._write, final, parts, state)
 
-    def wait(self) -> None:
+    def wait(self):
         if self.pending:
             self.pending.result()
 
     def due(self, minutes: float) -> bool:
         """Is it time, by the clock? Raises what went wrong with the last one."""
         if self.pending and self.pending.done():
-            self.pending.result()
+            self.wait()
         return minutes > 0 and time.monotonic() - self.saved > 60 * minutes
 
-    def _write(self, final: Path, parts: dict[str, dict[str, Tensor]], state: dict) -> None:
+    def _write(self, final: Path, parts: Files, state: dict):
         aside = final.with_name(final.name + ".tmp")
         digests = {}
         try:
@@ -284,17 +261,14 @@ class Saver:
                 (aside / name).unlink(missing_ok=True)
             if watchdog.WORLD == 1:
                 shutil.rmtree(aside, ignore_errors=True)
-            last = "none"
-            whole = checkpoints(self.out)
-            if whole:
-                last = whole[0]
+            last = next(iter(checkpoints(self.out)), "none")
             raise OSError(
                 f"{final} could not be written ({free:.1f} GB free there): {error}. "
                 f"Nothing else was touched; the newest complete checkpoint: {last}. "
                 "Make room, then --resume auto"
             ) from error
 
-    def _finish(self, final: Path, aside: Path, state: dict) -> None:
+    def _finish(self, final: Path, aside: Path, state: dict):
         """Rank 0, when all ranks have written theirs: the digests of all files, then the name."""
         manifests = [aside / f"rank{rank}.json" for rank in range(watchdog.WORLD)]
         while not all(path.exists() for path in manifests):
@@ -305,18 +279,14 @@ class Saver:
         for path in manifests:
             digests |= json.loads(path.read_text())
             path.unlink()
-        folders = [aside]
         for path in aside.rglob("*"):
             name = str(path.relative_to(aside))
-            if path.is_dir():
-                folders.append(path)
-            elif name not in digests:  # configurations and tokenizers
+            if path.is_file() and name not in digests:  # configurations and tokenizers
                 to_disk(path)
                 digests[name] = digest(path)
         state = hidden(state | {"files": digests})
-        text = json.dumps(state | {"seal": seal_of(state)}, indent=1)
-        write(aside / "state.json", text)
-        for folder in folders:
+        write(aside / "state.json", json.dumps(state | {"seal": seal_of(state)}, indent=1))
+        for folder, _, _ in os.walk(aside):
             to_disk(folder)
         if not final.name.startswith("step_"):  # bad_step_N, for the second time
             shutil.rmtree(final, ignore_errors=True)
@@ -326,7 +296,7 @@ class Saver:
             tidy(final.parent, self.keep_last, self.keep_best)
 
 
-def tidy(folder: Path, keep_last: int, keep_best: str) -> None:
+def tidy(folder: Path, keep_last: int, keep_best: str):
     """Moves the links, then deletes what is neither among the last nor the best, and what an end
     left half done."""
     found = checkpoints(folder.parent)
@@ -334,29 +304,22 @@ def tidy(folder: Path, keep_last: int, keep_best: str) -> None:
     best = best_of(found, keep_best)
     if best:
         point(folder / "best", best.name)
-    older = []
-    if keep_last:
-        older = found[keep_last:]
-    for path in older:
-        if path != best:
-            os.rename(path, f"{path}.old")
+    last = found[: keep_last or None]  # 0: all
+    for path in found:
+        if path not in (*last, best):
+            path.rename(f"{path}.old")
     for path in (*folder.glob("step_*.old"), *folder.glob("step_*.tmp")):
         shutil.rmtree(path, ignore_errors=True)
 
 
 def best_of(found: list[Path], metric: str) -> Path | None:
     """The checkpoint with the highest value, the first of equals; None, if none has the metric."""
-    best = None
-    highest = 0.0
-    for path in found:
-        value = read_state(path).get("metrics", {}).get(metric)
-        if value is not None and (best is None or value > highest):
-            best = path
-            highest = value
-    return best
+    values = {path: read_state(path).get("metrics", {}).get(metric) for path in found}
+    judged = [path for path in found if values[path] is not None]
+    return max(judged, key=values.get, default=None)
 
 
-def point(link: Path, target: str) -> None:
+def point(link: Path, target: str):
     aside = link.with_name(link.name + ".new")
     aside.unlink(missing_ok=True)
     aside.symlink_to(target)

@@ -9,7 +9,8 @@ import time
 from contextlib import contextmanager
 from pathlib import Path
 
-import torch
+from torch import cuda
+from torch.profiler import profile
 
 from infra.watchdog import enter
 
@@ -25,13 +26,13 @@ def timed(times: dict[str, float], phase: str):
     enter(phase)
     start = time.perf_counter()
     before = unseen()
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
+    if cuda.is_available():
+        cuda.reset_peak_memory_stats()
     elif os.access(CLEAR, os.W_OK):  # from here on VmHWM is the peak of resident memory
         CLEAR.write_text("5")
     yield
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+    if cuda.is_available():
+        cuda.synchronize()
     seconds = time.perf_counter() - start
     for name in (f"time/{phase}", "time/step"):
         times[name] = times.get(name, 0.0) + seconds
@@ -42,18 +43,18 @@ def timed(times: dict[str, float], phase: str):
 def unseen() -> int:
     """Bytes of the card that torch's allocator does not know of (contexts, NCCL), less those of a
     sleeping engine, that it counts although they are free."""
-    if not torch.cuda.is_available():
+    if not cuda.is_available():
         return 0
-    free, total = torch.cuda.mem_get_info()
-    return total - free - torch.cuda.memory_reserved()
+    free, total = cuda.mem_get_info()
+    return total - free - cuda.memory_reserved()
 
 
 def memory_peak(before: int = 0) -> float:
     """GB (2**30) taken of the card, or on CPU by this process, at most since the phase began.
     `before` is what `unseen` said then: an engine may wake or fall asleep in between, and is
     counted."""
-    if torch.cuda.is_available():
-        return (torch.cuda.max_memory_allocated() + max(before, unseen())) / 2**30
+    if cuda.is_available():
+        return (cuda.max_memory_allocated() + max(before, unseen())) / 2**30
     if STATUS.exists():
         for line in STATUS.read_text().splitlines():
             if line.startswith("VmHWM:"):
@@ -68,13 +69,12 @@ def profiled(folder: Path | None, name: str):
     if not folder:
         yield
         return
-    cuda = torch.cuda.is_available()
     folder.mkdir(parents=True, exist_ok=True)
-    if cuda:
-        torch.cuda.memory._record_memory_history(max_entries=1_000_000, stacks="python")
-    with torch.profiler.profile(record_shapes=True, profile_memory=True) as profiler:
+    if cuda.is_available():
+        cuda.memory._record_memory_history(max_entries=1_000_000, stacks="python")
+    with profile(record_shapes=True, profile_memory=True) as profiler:
         yield
-    profiler.export_chrome_trace(str(folder / f"{name}.json.gz"))
-    if cuda:
-        torch.cuda.memory._dump_snapshot(str(folder / f"{name}.pickle"))
-        torch.cuda.memory._record_memory_history(enabled=None)
+    profiler.export_chrome_trace(f"{folder}/{name}.json.gz")
+    if cuda.is_available():
+        cuda.memory._dump_snapshot(f"{folder}/{name}.pickle")
+        cuda.memory._record_memory_history(enabled=None)

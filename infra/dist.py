@@ -2,8 +2,8 @@
 
 Owns: starting the processes of a run, the mesh of ranks, lists and means over all of them.
 Refuses to know: models, and what the numbers are for.
-Left out on purpose: reductions of advantages and losses. Every rank has the numbers of a whole
-step.
+Left out on purpose: what ranks of one packed row exchange (Ulysses: `all_to_all` in
+kernels.py), and reductions of advantages and losses. Every rank has the numbers of a whole step.
 """
 
 import os

@@ -71,8 +71,7 @@ def forward_flops(model: nn.Module, fed: list[int], responses: int) -> float:
     if hasattr(model, "lm_head"):
         head = config.vocab_size * config.hidden_size * responses
     head_dim = getattr(config, "head_dim", None)
-    if not head_dim:
-        head_dim = config.hidden_size // config.num_attention_heads
+    head_dim = head_dim or config.hidden_size // config.num_attention_heads
     width = config.num_attention_heads * head_dim
     pairs = sum(length * length for length in fed)
     return 2 * (body * sum(fed) + head + config.num_hidden_layers * width * pairs)
@@ -91,14 +90,14 @@ def utilisation(
     for model, count in passes.items():
         update += 3 * count * forward_flops(model, fed, responses)
     rate = update / mine["time/update"] / len(times)
-    row = {}
+    memory = {}
     for name in mine:
         if name.startswith("perf/"):
-            row[name] = max(of_rank[name] for of_rank in times)
-    row["perf/peak_gb"] = max(row.values())
-    row["perf/tflops"] = rate / 1e12
-    row["perf/mfu"] = rate / roofline().flops
-    row["perf/tokens_per_s"] = (sum(fed) + len(fed)) / mine["time/step"]
-    trained_tokens = max(passes.values()) * sum(fed)
-    row["perf/train_tokens_per_s"] = trained_tokens / mine["time/update"]
-    return row
+            memory[name] = max(of_rank[name] for of_rank in times)
+    return memory | {
+        "perf/peak_gb": max(memory.values()),
+        "perf/tflops": rate / 1e12,
+        "perf/mfu": rate / roofline().flops,
+        "perf/tokens_per_s": (sum(fed) + len(fed)) / mine["time/step"],
+        "perf/train_tokens_per_s": max(passes.values()) * sum(fed) / mine["time/update"],
+    }

@@ -1,13 +1,14 @@
 """When numbers have gone so bad that the run warns, or ends.
 
 Owns: what is told of a number that is not finite, and the table of metrics with their limits.
-Refuses to know: what is saved then (infra/run.py does that), hangs and signals (infra/watchdog.py).
+Refuses to know: what is saved then (infra/run.py), hangs and signals (infra/watchdog.py), whether the
+engine has the new weights (the canary of `sync` in ppo.py).
 """
 
 import torch
 from torch import Tensor
 
-from infra.watchdog import RANK
+from infra import watchdog
 
 # metric: (when it warns, after how many steps in a row the run stops, what it means). Edit freely
 GUARDS = {
@@ -55,7 +56,7 @@ def not_finite(**tensors: Tensor | None) -> list[str]:
         if x is None or torch.isfinite(x).all():
             continue
         bad = ~torch.isfinite(x)
-        text = f"rank {RANK}, {name}: {int(bad.sum())} of {x.numel()} not finite"
+        text = f"rank {watchdog.RANK}, {name}: {int(bad.sum())} of {x.numel()} not finite"
         if x.dim():
             text += f", first at {bad.nonzero()[0].tolist()}"
         found.append(text)

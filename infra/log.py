@@ -1,10 +1,12 @@
 """What a run says and writes: without secrets, and whole.
 
-Owns: hiding what looks like a password or a token, printing, files that are complete or not there.
-Refuses to know: what is said and written.
+Owns: the plan and the line of a step on the console, hiding what looks like a password or a token,
+files that are complete or not there.
+Refuses to know: where the numbers come from.
 """
 
 import json
+import math
 import os
 import re
 from pathlib import Path
@@ -61,3 +63,61 @@ def append(path: Path, text: str):
     with open(path, "a") as file:
         file.write(text)
     to_disk(path)
+
+
+# -------------------------------------------------------------------------------- what people read
+
+
+def plan(args, ranks, models: dict, made: dict[str, str], start: int) -> str:
+    """The batch arithmetic, and what was chosen for the user."""
+    made = made | {"engine": f"{args.engine} tp {args.tp}"}
+    for name, model in models.items():
+        made[name] = "none"
+        if model:
+            made[name] = f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}M"
+    chosen = ", ".join(f"{name} {what}" for name, what in made.items())
+    return (
+        f"plan: {args.prompts_per_step} prompts x {args.samples_per_prompt} = {args.batch_size} "
+        f"samples a step; {args.ppo_epochs} epochs x {args.batch_size // args.minibatch} "
+        f"minibatches of {args.minibatch} samples; micro-batches <= "
+        f"{args.max_tokens_per_microbatch * args.sp} tokens on {ranks.rows} x {ranks.sp} ranks; "
+        f"steps {start} to {args.steps}\nmade: {chosen}"
+    )
+
+
+LINE = (
+    "step {step:4d}/{steps} | reward {reward/mean:.3f} correct {reward/correct:.3f} | "
+    "len {rollout/length_mean:.0f} trunc {rollout/truncated_frac:.0%} | "
+    "kl {policy/approx_kl:.4f} ent {policy/entropy:.2f} clip {clipped:.1%} "
+    "gn {policy/grad_norm:.2f} ev {critic/explained_var:.2f} "
+    "gap {mismatch/logp_abs_mean:.0e} mfu {perf/mfu:.0%} | "
+    "{time/step:.1f}s = {phases} | eta {minutes:.0f}m"
+)
+NOT_TRAINED = {
+    "policy/approx_kl": 0.0,
+    "policy/entropy": 0.0,
+    "policy/grad_norm": 0.0,
+    "policy/clipfrac_low": 0.0,
+    "policy/clipfrac_high": 0.0,
+    "critic/explained_var": math.nan,
+}
+
+
+def line(row: dict, steps: int, seconds_per_step: float) -> str:
+    """One step for people; fixed order, so that grep works."""
+    row = NOT_TRAINED | row
+    phases = [
+        f"{key.removeprefix('time/')} {value:.1f}"
+        for key, value in row.items()
+        if key.startswith("time/") and key != "time/step"
+    ]
+    text = LINE.format(
+        steps=steps,
+        clipped=row["policy/clipfrac_low"] + row["policy/clipfrac_high"],
+        phases=" + ".join(phases),
+        minutes=seconds_per_step * (steps - row["step"]) / 60,
+        **row,
+    )
+    if "eval/correct" in row:
+        text += f" | eval {row['eval/correct']:.3f}"
+    return text

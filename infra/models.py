@@ -3,8 +3,8 @@ steps.
 
 Owns: what is loaded in which precision and how it is sharded.
 Refuses to know: packed rows, losses, rewards, files of checkpoints.
-Left out on purpose: optimizers with 8-bit states (4 GB a card in the reference run, for one more
-package).
+Left out on purpose: which optimizer it is (`make_optimizer` in ppo.py), and optimizers with 8-bit
+states (4 GB a card in the reference run, for one more package).
 """
 
 from collections.abc import Iterator

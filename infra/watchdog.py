@@ -27,6 +27,18 @@ from infra.log import hide
 RANK = int(os.environ.get("RANK", 0))
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
 
+
+def tell(text: str):
+    """On stderr, at once and without secrets."""
+    print(hide(text), file=sys.stderr, flush=True)
+
+
+def leave(message: str):
+    """Ends this process now: what it waits for would not let it end in order."""
+    tell(message)
+    os._exit(1)
+
+
 # ------------------------------------------------------------------------ where this process is
 
 
@@ -50,17 +62,17 @@ class Now:
 NOW = Now()
 
 
-def begin_step(step: int) -> None:
+def begin_step(step: int):
     NOW.step = step
 
 
-def enter(phase: str) -> None:
+def enter(phase: str):
     """From here on this process is in `phase`."""
     NOW.phase = phase
     beat()
 
 
-def beat() -> None:
+def beat():
     """A sign of life."""
     NOW.since = time.time()
     NOW.beats += 1
@@ -68,7 +80,7 @@ def beat() -> None:
         signal.setitimer(signal.ITIMER_REAL, 1.5 * NOW.limit)
 
 
-def saw_length(tokens: int) -> None:
+def saw_length(tokens: int):
     """How long the longest sequence of the step is: told when memory runs out."""
     NOW.longest = tokens
 
@@ -83,22 +95,23 @@ def counted(items: Iterable):
 # ------------------------------------------------------------------------ ends that are asked for
 
 
-def ask_to_stop(why: str) -> None:
+def ask_to_stop(why: str):
     """The first reason is the one that is told."""
     if not NOW.stop:
         NOW.stop = why
     NOW.stop_asked = time.monotonic()
 
 
-def on_signal(number: int, frame) -> None:
-    # torchrun hands a Ctrl-C on: two within a moment are one
-    again = NOW.stop and time.monotonic() - NOW.stop_asked > 1
-    if again and number == signal.SIGINT:
-        os._exit(130)
+def on_signal(number: int, frame):
+    if number == signal.SIGINT and NOW.stop:
+        # torchrun hands a Ctrl-C on: two within a moment are one
+        if time.monotonic() - NOW.stop_asked > 1:
+            os._exit(130)
     name = signal.Signals(number).name
     if not NOW.stop:  # os.write: print is not to be used in a handler
-        text = f"{name} on rank {RANK}: the run saves and ends at the next safe point\n"
-        os.write(2, text.encode())
+        os.write(
+            2, f"{name} on rank {RANK}: the run saves and ends at the next safe point\n".encode()
+        )
     ask_to_stop(name)
 
 
@@ -128,28 +141,26 @@ class Watch(threading.Thread):
         self.told = 0.0  # NOW.since of what took too long, when that has been told
         self.store = None
         if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-            address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-            store = dist.TCPStore(address, port, is_master=False)
+            port = int(os.environ["MASTER_PORT"])
+            store = dist.TCPStore(os.environ["MASTER_ADDR"], port, is_master=False)
             restarts = os.environ["TORCHELASTIC_RESTART_COUNT"]
             self.store = dist.PrefixStore(f"watch {restarts}", store)
         self.start()
 
-    def run(self) -> None:
-        pause = 1.0
-        if NOW.limit:
-            pause = min(pause, NOW.limit / 8)
+    def run(self):
+        pause = min(1.0, NOW.limit / 8) or 1.0  # seconds
         while not self.ended.wait(pause):
             try:
                 self.meet_the_others()
             except RuntimeError:
-                self.leave(f"rank {RANK}: ended, because torchrun is gone")
+                leave(f"rank {RANK}: ended, because torchrun is gone")
             self.look_at_the_clock()
 
-    def meet_the_others(self) -> None:
-        failure = self.failure()
+    def meet_the_others(self):
+        failure = self.read("failed")
         if failure and failure["rank"] != RANK:
             time.sleep(0.5)  # its error first
-            self.leave(
+            leave(
                 f"rank {RANK}: ended, because rank {failure['rank']} failed first: "
                 f"{failure['error']}"
             )
@@ -157,7 +168,7 @@ class Watch(threading.Thread):
             news = asdict(NOW) | {"place": place(), "heard": time.time()}
             self.store.set(f"rank {RANK}", json.dumps(news))
 
-    def look_at_the_clock(self) -> None:
+    def look_at_the_clock(self):
         since = NOW.since
         limit = NOW.limit
         seconds = time.time() - since
@@ -167,34 +178,31 @@ class Watch(threading.Thread):
         if self.told != since:
             self.told = since
             signal.setitimer(signal.ITIMER_REAL, 0)
-            print(text, file=sys.stderr, flush=True)
-            main_thread = threading.main_thread().ident
-            signal.pthread_kill(main_thread, signal.SIGALRM)  # prints its stack
+            tell(text)
+            # prints the stack of the main thread
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGALRM)
             time.sleep(0.1)
             if RANK == 0:
-                print(hide(self.table()), file=sys.stderr, flush=True)
+                tell(self.table())
         if seconds > 2 * limit:
-            advice = "given up. If it needs that, raise --stall_minutes"
-            self.leave(f"{text}: {advice}\n{self.table()}")
+            leave(f"{text}: given up. If it needs that, raise --stall_minutes\n{self.table()}")
 
     def read(self, key: str) -> dict:
-        """What a rank has left in the store; nothing, if it has not."""
+        """What a rank has left in the store, and under "failed" the first that did; {}: nothing."""
         if self.store and self.store.check([key]):
             return json.loads(self.store.get(key))
         return {}
 
-    def failure(self) -> dict:
-        """What the first rank that failed has left in the store."""
-        return self.read("failed")
-
-    def fail(self, error: Exception) -> None:
+    def fail(self, error: Exception):
         """Ends this rank, with the error if it is the first that failed: interpreters that end in
         order would wait for collectives that nobody joins."""
-        failure = self.failure()
+        failure = self.read("failed")
         if failure:  # this error comes of a collective that the other has left
-            self.leave(f"rank {RANK}: ended, because rank {failure['rank']} failed first")
-        where = f"rank {RANK} failed first, step {NOW.step}, phase {NOW.phase}:"
-        print(hide(f"{where}\n{traceback.format_exc()}"), file=sys.stderr, flush=True)
+            leave(f"rank {RANK}: ended, because rank {failure['rank']} failed first")
+        tell(
+            f"rank {RANK} failed first, step {NOW.step}, phase {NOW.phase}:\n"
+            f"{traceback.format_exc()}"
+        )
         if self.store:
             about = {"rank": RANK, "error": f"{type(error).__name__}: {error}"}
             self.store.compare_set("failed", "", json.dumps(about))
@@ -203,37 +211,28 @@ class Watch(threading.Thread):
     def table(self) -> str:
         """Where every rank is. Behind are those that have begun least; of equal ones, those that
         wait for nobody."""
-        news = {}  # of the ranks that were heard of
-        progress = {}
-        if self.store:
-            for rank in range(WORLD):
-                told = self.read(f"rank {rank}")
-                if told:
-                    news[rank] = told
-                    progress[rank] = (told["beats"], told["place"].endswith(WAITING))
-        least = min(progress.values(), default=None)
-        most = max(progress.values(), default=None)
-        behind = []
-        lines = []
-        for rank in range(WORLD):
-            unheard = self.store and rank not in news
-            if unheard or (least != most and progress[rank] == least):
-                behind.append(f"rank {rank}")
-            if rank in news:
-                lines.append(line_of_table(rank, news[rank]))
+        ranks = range(WORLD) if self.store else ()
+        progress, lines = {}, []  # of the ranks that were heard of
+        for rank in ranks:
+            told = self.read(f"rank {rank}")
+            if told:
+                progress[rank] = (told["beats"], told["place"].endswith(WAITING))
+                lines.append(line_of_table(rank, told))
+        order = sorted(progress.values())
+        behind = [
+            f"rank {rank}"
+            for rank in ranks
+            if rank not in progress or progress[rank] == order[0] < order[-1]
+        ]
         return "\n".join([f"behind the others: {', '.join(behind) or 'no rank'}", *lines])
-
-    def leave(self, message: str) -> None:
-        """Ends this process now: what it waits for would not let it end in order."""
-        print(hide(message), file=sys.stderr, flush=True)
-        os._exit(1)
 
 
 def line_of_table(rank: int, told: dict) -> str:
     now = time.time()
-    seconds = now - told["since"]
-    text = f"  rank {rank}: step {told['step']}, {told['phase']} for {seconds:.0f} s"
-    text += f", in {told['place']}"
+    text = (
+        f"  rank {rank}: step {told['step']}, {told['phase']} for {now - told['since']:.0f} s, "
+        f"in {told['place']}"
+    )
     silent = now - told["heard"]
     if silent > 5:
         text += f", silent for {silent:.0f} s"
@@ -272,9 +271,9 @@ def watched(train):
 
     @wraps(train)
     def run(args):
-        before = {}
-        for number in (signal.SIGTERM, signal.SIGINT):
-            before[number] = signal.signal(number, on_signal)
+        before = {
+            number: signal.signal(number, on_signal) for number in (signal.SIGTERM, signal.SIGINT)
+        }
         NOW.stop = ""
         begin_step(0)
         enter("setup")
@@ -300,14 +299,14 @@ def watched(train):
     return run
 
 
-def print_without_secrets(kind: type, error: BaseException, trace) -> None:
-    print(hide("".join(traceback.format_exception(kind, error, trace))), file=sys.stderr)
+def print_without_secrets(kind, error, trace):
+    tell("".join(traceback.format_exception(kind, error, trace)))
 
 
 NO_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
 
 
-def explain(error: Exception, args) -> None:
+def explain(error: Exception, args):
     """Out of memory, in the user's words: which phase, how long the sequences were, which flag. Out
     of disk."""
     if isinstance(error, OSError) and error.errno in NO_DISK:

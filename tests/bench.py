@@ -590,7 +590,7 @@ def sync_run(model: str, rounds: int) -> dict[str, list[float]]:
     def canary():
         batch = rollout.collate(prompts, engine.sample(prompts, 1, 64, 1.0, 0), DEVICE)
         p = kernels.pack(*batch[:2], batch.lengths, range(4))
-        gap = kernels.policy_forward(policy, p, 1.0)[0] - batch.sampler_logprobs.view(-1)[p.index]
+        gap = kernels.policy_forward(policy, p, 1.0)[0] - batch.engine_logprobs.view(-1)[p.index]
         assert gap.abs().mean() < (0.05 if CUDA else 0.001)
 
     times = alternate(rounds, load, canary)

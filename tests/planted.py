@@ -384,7 +384,11 @@ BUGS = [
         CRASH,
     ),
     Bug(
-        "state-unsealed", "infra/checkpoint.py", "if seal != seal_of(state):", "if not seal:", CRASH
+        "state-unsealed",
+        "infra/checkpoint.py",
+        '.pop("seal") == seal_of(state)',
+        '.pop("seal")',
+        CRASH,
     ),
     Bug("other-flags", "infra/checkpoint.py", "    if changed:\n", "    if False:\n", CRASH),
     Bug(
@@ -397,8 +401,8 @@ BUGS = [
     Bug(
         "best-deleted",
         "infra/checkpoint.py",
-        "        if path != best:\n",
-        "        if True:\n",
+        "        if path not in (*last, best):\n",
+        "        if path not in last:\n",
         GUARDS,
     ),
     Bug("secrets-written", "infra/log.py", "SECRET_NAME.search(name.upper())", "False", GUARDS),
@@ -420,7 +424,7 @@ BUGS = [
     Bug(
         "first-error-hidden",
         "infra/watchdog.py",
-        '        print(hide(f"{where}\\n{traceback.format_exc()}"), file=sys.stderr, flush=True)\n',
+        '            f"{traceback.format_exc()}"\n',
         "",
         GUARDS,
     ),
@@ -428,8 +432,8 @@ BUGS = [
     Bug(
         "eos-missing-from-mask",
         "rollout.py",
-        "[True] * len(sample.ids) + [False] * padding",
-        "[True] * (len(sample.ids) - sample.finished) + [False] * (padding + sample.finished)",
+        "[True] * len(sample.ids)",
+        "[True] * (len(sample.ids) - sample.finished) + [False] * sample.finished",
         ALIGNMENT,
     ),
     Bug(
@@ -442,8 +446,8 @@ BUGS = [
     Bug(
         "sampler-drops-eos",
         "rollout.py",
-        "Sample(tokens[: t + 1], logprobs[: t + 1], True)",
-        "Sample(tokens[:t], logprobs[:t], True)",
+        "Sample(tokens[:length], logprobs[:length], True)",
+        "Sample(tokens[: length - 1], logprobs[: length - 1], True)",
         ALIGNMENT,
     ),
     Bug(
@@ -456,8 +460,8 @@ BUGS = [
     Bug(
         "index-shifted",
         "kernels.py",
-        "first = b * width + 1\n",
-        "first = b * width\n",
+        "mask.flatten()[place]).nonzero()[:, 0]\n    index = place[keep]\n",
+        "mask.flatten()[place - 1]).nonzero()[:, 0]\n    index = place[keep] - 1\n",
         ALIGNMENT + KERNELS,
     ),
     Bug(
@@ -477,8 +481,8 @@ BUGS = [
     Bug(
         "positions-run-on",
         "kernels.py",
-        "positions = [torch.arange(count, device=device) for count in fed]",
-        "positions = [torch.arange(sum(fed), device=device)]",
+        "position_ids=torch.cat(positions)[None, mine]",
+        "position_ids=torch.arange(sum(fed), device=device)[None, mine]",
         KERNELS,
     ),
     Bug(
@@ -502,8 +506,8 @@ BUGS = [
     Bug(
         "temperature-missing-in-backward",
         "kernels.py",
-        "of_logprob = grad_logprob / ctx.temperature",
-        "of_logprob = grad_logprob",
+        "of_logprob = grad_logprob[:, None] / ctx.temperature",
+        "of_logprob = grad_logprob[:, None]",
         KERNELS,
     ),
     Bug(
@@ -523,15 +527,15 @@ BUGS = [
     Bug(
         "target-in-two-pieces",
         "kernels.py",
-        "(of_logprob * inside)[:, None]",
-        "of_logprob[:, None]",
+        "of_logprob * inside)",
+        "of_logprob)",
         KERNELS,
     ),
     Bug(
         "spare-slots-trained",
         "kernels.py",
-        "((place >= 0) & mask.flatten()[place.clamp(min=0)])",
-        "((place < 0) | mask.flatten()[place.clamp(min=0)])",
+        "(predicts & mask.flatten()[place])",
+        "(~predicts | mask.flatten()[place])",
         KERNELS,
     ),
     Bug(
@@ -593,8 +597,8 @@ BUGS = [
     Bug(
         "unsolvable",
         "data.py",
-        "problems.append([numbers, int(target)])",
-        "problems.append([numbers, int(target) + 1])",
+        "[numbers, int(target)])",
+        "[numbers, int(target) + 1])",
         DATA,
     ),
     Bug("epochs-alike", "data.py", 'f"epoch {epoch} {seed}"', 'f"epoch {seed}"', DATA),
@@ -602,15 +606,15 @@ BUGS = [
     Bug(
         "budget-soft",
         "data.py",
-        "if free >= lengths[i]:\n                bins",
-        "if free >= lengths[i] - 1:\n                bins",
+        "if free >= lengths[i])\n        bins",
+        "if free >= lengths[i] - 1)\n        bins",
         PACKING,
     ),
     Bug(
         "budget-soft-when-even",
         "data.py",
-        "if free >= lengths[i]:\n                longer",
-        "if free >= lengths[i] - 1:\n                longer",
+        "if free >= lengths[i]\n        ]",
+        "if free >= lengths[i] - 1\n        ]",
         PACKING,
     ),
     Bug(
@@ -623,13 +627,11 @@ BUGS = [
     Bug(
         "ranks-unequal",
         "data.py",
-        "            plan[rank].append(deal[rank])",
-        "            if deal[rank]:\n                plan[rank].append(deal[rank])",
+        "[list(rank) for rank in zip(*deals)]",
+        "[[indices for indices in rank if indices] for rank in zip(*deals)]",
         PACKING,
     ),
-    Bug(
-        "dear-bins-to-rank-0", "data.py", "            deal.reverse()", "            pass", PACKING
-    ),
+    Bug("dear-bins-to-rank-0", "data.py", "        deal.reverse()", "        pass", PACKING),
     Bug(
         "rounds-of-unlike-bins",
         "data.py",
@@ -641,8 +643,8 @@ BUGS = [
     Bug(
         "rounds-all-alike",
         "data.py",
-        "longer = max(0.0, load[k] + work - slowest[k // ranks])",
-        "longer = 0.0",
+        "max(0.0, load[k] + work - slowest[k // ranks])",
+        "0.0",
         PACKING,
     ),
     Bug(
@@ -662,15 +664,15 @@ BUGS = [
     Bug(
         "summary-without-waiting",
         "data.py",
-        "waiting = sum(max(costs) for costs in zip(*load))",
-        "waiting = max(sum(costs) for costs in load)",
+        "waiting = sum(map(max, zip(*load)))",
+        "waiting = max(map(sum, load))",
         PACKING,
     ),
     Bug(
         "chat-without-generation-prompt",
         "data.py",
-        '"add_generation_prompt": True',
-        '"add_generation_prompt": False',
+        "add_generation_prompt=True",
+        "add_generation_prompt=False",
         DATA + SOURCES,
     ),
     Bug("long-prompt-passes", "data.py", "len(ids) > limit:", "len(ids) > limit + 1:", SOURCES),
@@ -691,8 +693,8 @@ BUGS = [
     Bug(
         "leak-into-the-test-split",
         "data.py",
-        '                one.train.dropped[i] = "also in the test split"',
-        "                pass",
+        'train.drop(train.asked, seen, "also in the test split")',
+        "pass",
         SOURCES,
     ),
     Bug(
@@ -705,7 +707,7 @@ BUGS = [
     Bug(
         "unreadable-answers-pass",
         "data.py",
-        'dropped[i] = "answer that cannot be read by the verifier"',
+        'splits[name].drop(rows["math"], bad, "answer that cannot be read by the verifier")',
         "pass",
         SOURCES,
     ),
@@ -716,15 +718,15 @@ BUGS = [
     Bug(
         "weights-by-rounding-each",
         "data.py",
-        "        rows_left -= counts[name]\n        weight_left -= share\n",
+        "        total -= counts[name]\n        weight_left -= Fraction(weight)\n",
         "",
         ("test_batch.py",),
     ),
     Bug(
         "pass-at-k-biased",
         "rewards.py",
-        "all_wrong = comb(len(row) - count_right(row), drawn) / comb(len(row), drawn)",
-        "all_wrong = (1 - count_right(row) / len(row)) ** drawn",
+        "1 - comb(len(row) - count_right(row), drawn) / comb(len(row), drawn)",
+        "1 - (1 - count_right(row) / len(row)) ** drawn",
         REWARDS,
     ),
     Bug(
@@ -737,7 +739,7 @@ BUGS = [
     Bug(
         "stop-text-ignored",
         "rollout.py",
-        "                    stop=self.stop,\n",
+        "                stop=self.stop,\n",
         "",
         ("test_engine.py",),
     ),
@@ -784,8 +786,8 @@ BUGS = [
     Bug(
         "first-answer",
         "rewards.py",
-        'start = text.rfind("<answer>", 0, max(end, 0))',
-        'start = text.find("<answer>", 0, max(end, 0))',
+        'before.rpartition("<answer>")',
+        'before.partition("<answer>")',
         REWARDS,
     ),
     Bug("cut-is-rewarded", "rewards.py", "if finished and not finished[i]:", "if False:", REWARDS),
@@ -793,22 +795,22 @@ BUGS = [
     Bug(
         "fork-allowed",
         "verify/sandbox.py",
-        '"clone": [argument(0), (ANY_BIT, 0, 1, CLONE_THREAD), reply(ALLOW), refuse],',
-        '"clone": [reply(ALLOW), refuse],',
+        '"clone": any_bit(0, CLONE_THREAD, ALLOW, refuse),',
+        '"clone": [ALLOW, refuse],',
         SANDBOX,
     ),
     Bug(
         "kill-anybody",
         "verify/sandbox.py",
         '"kill": only(0, ITSELF),',
-        '"kill": [reply(ALLOW)],',
+        '"kill": [ALLOW],',
         SANDBOX,
     ),
     Bug(
         "any-fcntl",
         "verify/sandbox.py",
         '"fcntl": only(1, 0, 1, 2, 3, 4, 1030, error=errno.EINVAL),',
-        '"fcntl": [reply(ALLOW)],',
+        '"fcntl": [ALLOW],',
         SANDBOX,
     ),
     Bug(
@@ -821,8 +823,8 @@ BUGS = [
     Bug(
         "descriptors-kept",
         "verify/sandbox.py",
-        "        os.closerange(3, 256)",
-        "        pass",
+        "    os.closerange(len(kept), 256)",
+        "    pass",
         SANDBOX,
     ),
     Bug("no-memory-limit", "verify/sandbox.py", 'AS=job["memory"], ', "", SANDBOX),
@@ -868,7 +870,7 @@ BUGS = [
     Bug(
         "units-ignored",
         "verify/equality.py",
-        "if g.unit and a.unit and g.unit != a.unit:",
+        "if gold_unit and answer_unit and gold_unit != answer_unit:",
         "if False:",
         EQUALITY,
     ),

@@ -142,8 +142,8 @@ def test_collate_masks_come_from_lengths(tiny):
     for b, (prompt, sample) in enumerate(zip(prompts, samples)):
         assert batch.ids[b, : batch.lengths[b]].tolist() == prompt + sample.ids
         assert batch.ids[b][batch.mask[b]].tolist() == sample.ids
-        assert batch.sampler_logprobs[b][batch.mask[b]].tolist() == pytest.approx(sample.logprobs)
-    assert (batch.sampler_logprobs[~batch.mask] == 0).all()
+        assert batch.engine_logprobs[b][batch.mask[b]].tolist() == pytest.approx(sample.logprobs)
+    assert (batch.engine_logprobs[~batch.mask] == 0).all()
 
 
 def test_eos_is_in_the_mask_if_and_only_if_the_model_stopped(tiny):
@@ -172,7 +172,7 @@ def test_the_engine_and_the_trainer_agree(tiny, policy):
     p = pack(batch, range(6))
     logprobs, _ = kernels.policy_forward(policy, p, TEMPERATURE)
     logprobs = kernels.unpack([(p.index, logprobs)], batch.mask, ONE)
-    assert (logprobs - batch.sampler_logprobs).abs().max() < 1e-4
+    assert (logprobs - batch.engine_logprobs).abs().max() < 1e-4
 
 
 def test_packed_neighbours_do_not_see_each_other(tiny, policy, critic):

@@ -130,8 +130,8 @@ STALE = Bug(
 COLD = Bug(
     "engine-at-temperature-1",
     "rollout.py",
-    "temperature=temperature,\n                    max_tok",
-    "temperature=1.0,\n                    max_tok",
+    "temperature=temperature,\n                max_tok",
+    "temperature=1.0,\n                max_tok",
     (),
 )
 

@@ -12,13 +12,15 @@ Left out on purpose: seconds; and models that are not made of Llama's parts.
 import os
 import sys
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
 
 GB = 2**30
+Sizes = dict[str, float]  # by what it is of
 
 
 @dataclass
@@ -41,8 +43,6 @@ class Job:
     """What the memory of a run depends on."""
 
     policy: Shape
-    critic: Shape | None
-    reference: Shape | None
     ranks: int
     card_gb: float  # of each rank
     bf16: bool  # on CUDA; else in fp32 on CPU: ppo.py knows no other pair
@@ -56,6 +56,8 @@ class Job:
     prompts_per_step: int
     sequences: int  # of a step, all ranks
     longest: int  # tokens of a prompt and its response
+    critic: Shape | None = None
+    reference: Shape | None = None
     replicas: int = 1
     offload: Sequence[str] = ()
 
@@ -95,7 +97,7 @@ class Moment:
 
     name: str
     part: str  # of a step: sampling, updating or saving
-    items: dict[str, float]  # bytes of what is alive
+    items: Sizes  # bytes of what is alive
 
     @property
     def total(self) -> float:
@@ -104,8 +106,8 @@ class Moment:
 
 @dataclass
 class Plan:
-    items: dict[str, float]  # GB (2**30 bytes) of a rank, by name
-    totals: dict[str, float]  # GB at the fullest moment of sampling, updating and, on CPU, saving
+    items: Sizes  # GB (2**30 bytes) of a rank, by name
+    totals: Sizes  # GB at the fullest moment of sampling, updating and, on CPU, saving
     text: str  # a table with a verdict, for people
 
 
@@ -125,7 +127,7 @@ def model_shape(config, critic: bool) -> Shape | None:
         return None
     q = len(layer["self_attn.q_proj.weight"])
     return Shape(
-        params=sum(parameter.numel() for parameter in model.parameters()),
+        params=model.num_parameters(),
         layer=sum(parameter.numel() for parameter in layer.values()),
         layers=config.num_hidden_layers,
         hidden=config.hidden_size,
@@ -140,70 +142,53 @@ def model_shape(config, critic: bool) -> Shape | None:
 # ------------------------------------------------------------------------------------- the engine
 
 
-@dataclass
-class EngineMemory:
-    """Bytes on a rank while it samples."""
-
-    weights: float
-    work: float
-    cache: float
-
-
 def key_value_bytes(job: Job) -> float:
     """Of a token in the KV cache of a rank."""
     width = max(job.policy.kv // job.tp, job.policy.head)
     return 2 * job.bytes_per_number * job.policy.layers * width
 
 
-def torch_sampler_memory(job: Job) -> EngineMemory:
-    batch = job.sequences_of_engine
+def engine_memory(job: Job) -> Sizes:
+    """Bytes on a rank while it samples. vLLM on a card tries a full batch of prompts and max_seqs
+    log-probs; the KV cache gets what these leave of its share of a card."""
     weights = job.bytes_per_number * job.policy.params / job.tp
-    # a sequence has logits, log-softmax and exp in fp32, exp and its cumsum in fp64
-    work = 28 * batch * job.policy.vocab
-    return EngineMemory(weights, work, batch * job.longest * key_value_bytes(job))
-
-
-def vllm_memory(job: Job) -> EngineMemory:
-    """vLLM tries a full batch of prompts and max_seqs log-probs; the KV cache gets what these leave
-    of its share of a card."""
-    weights = job.bytes_per_number * job.policy.params / job.tp
-    if not job.bf16:
-        return EngineMemory(weights, 0, 256 << 20)  # kv_cache_mb of VLLMSampler
-    tokens = 16384 if job.card_gb >= 70 else 8192
-    width = job.policy.mlp // job.tp + job.policy.hidden
-    prompts = tokens * 3 * job.bytes_per_number * width
-    logprobs = 4 * 4 * job.max_seqs * job.policy.vocab
-    work = max(prompts, logprobs)
-    left = job.gpu_memory * job.card_gb * GB - (weights + work)
-    return EngineMemory(weights, work, max(0.0, left))
-
-
-def engine_memory(job: Job) -> EngineMemory:
     if job.engine == "torch":
-        return torch_sampler_memory(job)
-    return vllm_memory(job)
+        batch = job.sequences_of_engine
+        # a sequence has logits, log-softmax and exp in fp32, exp and its cumsum in fp64
+        work = 28 * batch * job.policy.vocab
+        cache = batch * job.longest * key_value_bytes(job)
+    elif job.bf16:
+        tokens = 16384 if job.card_gb >= 70 else 8192
+        width = job.policy.mlp // job.tp + job.policy.hidden
+        prompts = tokens * 3 * job.bytes_per_number * width
+        logprobs = 4 * 4 * job.max_seqs * job.policy.vocab
+        work = max(prompts, logprobs)
+        cache = max(0.0, job.gpu_memory * job.card_gb * GB - (weights + work))
+    else:
+        work = 0
+        cache = 256 << 20  # kv_cache_mb of VLLMSampler
+    return {"engine weights": weights, "engine in work": work, "KV cache": cache}
 
 
 def cached_tokens(job: Job) -> float:
     """For which the KV cache of an engine has room."""
-    return engine_memory(job).cache / key_value_bytes(job)
+    return engine_memory(job)["KV cache"] / key_value_bytes(job)
 
 
 # ------------------------------------------------------------------------------------ the trainer
 
 
-def trainer_memory(job: Job) -> dict[str, float]:
+def trainer_memory(job: Job) -> Sizes:
     """Bytes that the trainer holds on a rank at every moment.
 
     (B, T): ids 8 bytes, mask and last 1 each, 4 each for engine's and old log-probs, values,
     rewards, advantages, returns, two weights of the loss, 1 for the minibatch; with a reference its
     log-probs and the penalty. Overhead is assumed, not measured: CUDA context 0.5 GB, NCCL 0.5,
     workspaces and the engine's CUDA graphs 1."""
-    items = {}
-    if job.bf16:
-        items["overhead"] = 2 << 30
-    bytes_of_token = 51 if job.reference else 43
-    items["(B, T) tensors"] = job.sequences * job.longest * bytes_of_token
+    items = {
+        "overhead": 2 << 30 if job.bf16 else 0,
+        "(B, T) tensors": job.sequences * job.longest * (51 if job.reference else 43),
+    }
     for name, shape in job.trained.items():  # fp32: 4 bytes, and AdamW has two states
         parameters = shape.params * job.share_on_card(name)
         items[f"{name} weights"] = 4 * parameters
@@ -218,11 +203,11 @@ def embedding_bytes(job: Job) -> int:
     return job.bytes_per_number * job.policy.vocab * job.policy.hidden
 
 
-def gathered_head(job: Job) -> dict[str, float]:
+def gathered_head(job: Job) -> int:
     """FSDP2 keeps it gathered from a forward to its backward, or until `reshard`."""
     if job.sharded:
-        return {"policy gathered head": embedding_bytes(job)}
-    return {}
+        return embedding_bytes(job)
+    return 0
 
 
 def logits_bytes(job: Job) -> int:
@@ -256,54 +241,49 @@ class Activations:
 def activations(shape: Shape, job: Job) -> Activations:
     """On CPU the two norms of a layer keep input, normalised input and output, attention q, k, v,
     output and the input of o_proj, the MLP gate, silu(gate), up and their product."""
+    hidden = shape.hidden
     if not job.bf16:
         return Activations(
-            layer=6 * shape.hidden + 3 * shape.q + 2 * shape.kv + 4 * shape.mlp,
-            stream=shape.hidden,
-            ends=4 * shape.hidden,
-            work=2 * shape.mlp + 2 * shape.hidden,
+            layer=6 * hidden + 3 * shape.q + 2 * shape.kv + 4 * shape.mlp,
+            stream=hidden,
+            ends=4 * hidden,
+            work=2 * shape.mlp + 2 * hidden,
         )
     # Liger: no normalised input, no silu(gate), in place. torch's varlen: k and v repeated, one output
     on_card = Activations(
-        layer=4 * shape.hidden + 4 * shape.q + 3 * shape.mlp,
-        stream=shape.hidden,
-        ends=3 * shape.hidden,
-        work=shape.mlp + 2 * shape.hidden,
+        layer=4 * hidden + 4 * shape.q + 3 * shape.mlp,
+        stream=hidden,
+        ends=3 * hidden,
+        work=shape.mlp + 2 * hidden,
     )
-    if job.sharded:
-        return on_card
-    # autocast instead of FSDP: fp32 between layers, a bf16 copy for every linear
-    return replace(on_card, layer=on_card.layer + 5 * shape.hidden, stream=2 * shape.hidden)
+    if not job.sharded:
+        # autocast instead of FSDP: fp32 between layers, a bf16 copy for every linear
+        on_card.layer += 5 * hidden
+        on_card.stream += hidden
+    return on_card
 
 
-def update_moments(name: str, shape: Shape, job: Job, always: dict[str, float]) -> list[Moment]:
+def update_moments(name: str, shape: Shape, job: Job, always: Sizes) -> Iterator[Moment]:
     """Of the backward of one model: in its head, if it is the policy, and in a layer."""
     size = activations(shape, job)
-    kept = size.layer  # of a layer, from its forward to its backward
-    again = 0  # of one layer at a time, computed once more
-    if job.gradient_checkpointing:
-        kept = size.stream
-        again = size.layer - size.stream
+    # of a layer, from its forward to its backward; the rest is computed once more, for one at a time
+    kept = size.stream if job.gradient_checkpointing else size.layer
     token_bytes = job.bytes_per_number * job.microbatch_tokens
-    passes = dict(always)
-    passes[f"{name} gradients"] = 4 * shape.params * job.share_on_card(name)
-    passes[f"{name} activations"] = token_bytes * (shape.layers * kept + size.ends)
-    in_layer = dict(passes)
-    in_layer[f"{name} layer in backward"] = token_bytes * (size.work + again)
+    passes = always | {
+        f"{name} gradients": 4 * shape.params * job.share_on_card(name),
+        f"{name} activations": token_bytes * (shape.layers * kept + size.ends),
+    }
+    in_layer = passes | {f"{name} layer in backward": token_bytes * (size.work + size.layer - kept)}
     if job.sharded:  # this layer, the next, its buffer, a gradient; two fp32 gradients on their way
         in_layer[f"{name} gathered layers"] = (4 * job.bytes_per_number + 8) * shape.layer
     elif job.bf16:  # autocast's copies
         in_layer[f"{name} gathered layers"] = 2 * shape.params
-    moments = []
     if name == "policy":
-        logprobs = {"log-probs, head gradient": logprob_memory(job)}
-        in_head = passes | gathered_head(job) | logprobs
-        moments.append(Moment("policy head", "updating", in_head))
-        in_layer |= gathered_head(job)
-        if job.sharded:
-            in_layer["head gradient on its way"] = embedding_bytes(job)
-    moments.append(Moment(f"{name} layers", "updating", in_layer))
-    return moments
+        head = {"policy gathered head": gathered_head(job)}
+        in_head = passes | head | {"log-probs, head gradient": logprob_memory(job)}
+        yield Moment("policy head", "updating", in_head)
+        in_layer |= head | {"head gradient on its way": gathered_head(job)}
+    yield Moment(f"{name} layers", "updating", in_layer)
 
 
 # --------------------------------------------------------------------------------------- the plan
@@ -313,32 +293,28 @@ def memory_moments(job: Job) -> list[Moment]:
     """Every moment that can be the fullest on a rank."""
     always = trainer_memory(job)
     engine = engine_memory(job)
-    sampling = dict(always)
-    sampling["engine weights"] = engine.weights
-    sampling["engine in work"] = engine.work
-    sampling["KV cache"] = engine.cache
-    sampling |= gathered_head(job)
     # the canary: of four answers, cut at 64 tokens
     sync = 3 * min(logits_bytes(job), 4 * 4 * 64 * job.policy.vocab)
     if job.sharded:  # a tensor on its way to the engine (fp32: to a checkpoint), whole and in parts
         sync += 8 * job.policy.vocab * job.policy.hidden
-    sampling["sync, canary, save"] = sync
+    sampling = always | engine
+    sampling |= {"policy gathered head": gathered_head(job), "sync, canary, save": sync}
     moments = [Moment("sampling", "sampling", sampling)]
     if not job.bf16:  # on CPU engines do not sleep; the cache of TorchSampler ends with its answers
-        always["engine weights"] = engine.weights
-        if job.engine != "torch":
-            always["KV cache"] = engine.cache
+        always |= engine
+        del always["engine in work"]
+        if job.engine == "torch":
+            del always["KV cache"]
     for name, shape in job.trained.items():
         moments += update_moments(name, shape, job, always)
     if not job.bf16:  # what the background writes is copied first; a card's copy is not on the card
-        saving = dict(always)
         for name, shape in job.trained.items():
-            saving[f"{name} checkpoint"] = 12 * shape.params / job.ranks
-        moments.append(Moment("saving", "saving", saving))
+            always[f"{name} checkpoint"] = 12 * shape.params / job.ranks
+        moments.append(Moment("saving", "saving", always))
     return moments
 
 
-def part_totals(job: Job) -> dict[str, float]:
+def part_totals(job: Job) -> Sizes:
     """GB of a rank at the fullest moment of each part of a step."""
     totals = {}
     for moment in memory_moments(job):
@@ -351,38 +327,35 @@ def memory_plan(policy, critic, reference, **flags) -> Plan:
     fields of Job."""
     shapes = {}
     for name, config in {"policy": policy, "critic": critic, "reference": reference}.items():
-        shapes[name] = None
         if config:
             shapes[name] = model_shape(config, critic=name == "critic")
             if not shapes[name]:
-                text = "it knows dense models that are made as Llama is"
-                return Plan({}, {}, f"no memory plan for {policy.model_type}: {text}")
+                text = (
+                    f"no memory plan for {policy.model_type}: "
+                    "it knows dense models that are made as Llama is"
+                )
+                return Plan({}, {}, text)
     job = Job(**shapes, **flags)
+    moments = memory_moments(job)
     items = {}
-    for moment in memory_moments(job):
-        for name, size in moment.items.items():
-            if size:
-                items[name] = size / GB
-    text = "\n".join([table(job, list(items)), *verdict(job)])
+    for moment in moments:
+        items |= {name: size / GB for name, size in moment.items.items() if size}
+    text = "\n".join([*table(job.ranks, moments, items), *verdict(job)])
     return Plan(items, part_totals(job), text)
 
 
-def table(job: Job, names: list[str]) -> str:
+def table(ranks: int, moments: list[Moment], items: Sizes) -> list[str]:
     """A column for each moment, a row for each item."""
-    moments = memory_moments(job)
-    lines = [f"memory plan, GB on each of {job.ranks} ranks:"]
-    lines.append(" " * 27 + "".join(f"{moment.name:>15}" for moment in moments))
-    for name in names:
-        lines.append(table_row(name, [moment.items.get(name, 0) for moment in moments]))
-    lines.append(table_row("total", [moment.total for moment in moments]))
-    return "\n".join(lines)
-
-
-def table_row(name: str, sizes: list[float]) -> str:
-    row = f"  {name:25}"
-    for size in sizes:
-        row += f"{size / GB:15.2f}" if size else " " * 15
-    return row
+    header = " " * 27 + "".join(f"{moment.name:>15}" for moment in moments)
+    lines = [f"memory plan, GB on each of {ranks} ranks:", header]
+    columns = [moment.items | {"total": moment.total} for moment in moments]
+    for name in [*items, "total"]:
+        line = f"  {name:25}"
+        for column in columns:
+            size = column.get(name)
+            line += f"{size / GB:15.2f}" if size else " " * 15
+        lines.append(line)
+    return lines
 
 
 def verdict(job: Job) -> list[str]:
@@ -393,11 +366,6 @@ def verdict(job: Job) -> list[str]:
     if job.bf16:
         copy = 12 * sum(shape.params for shape in job.trained.values()) / job.ranks / GB
         fullest += f"; a checkpoint on its way to the disk: {copy:.1f} GB of the machine's memory"
-    lines = [
-        f"KV cache: {tokens:,.0f} tokens, {tokens / job.longest:.1f} sequences of {job.longest}; "
-        f"{job.sequences_of_engine} want to run",
-        fullest,
-    ]
     wrong = []
     for part, gb in totals.items():
         if gb > job.card_gb:
@@ -407,94 +375,67 @@ def verdict(job: Job) -> list[str]:
             "the KV cache holds no sequence of full length: "
             "a larger --gpu_memory or --tp, or shorter answers"
         )
-    if wrong:
-        return [*lines, f"does not fit in {job.card_gb:g} GB", *wrong]
-    spare = job.card_gb - max(totals.values())
-    return [*lines, f"fits in {job.card_gb:g} GB, {spare:.1f} GB to spare"]
+    says = f"does not fit in {job.card_gb:g} GB"
+    if not wrong:
+        spare = job.card_gb - max(totals.values())
+        says = f"fits in {job.card_gb:g} GB, {spare:.1f} GB to spare"
+    return [
+        f"KV cache: {tokens:,.0f} tokens, {tokens / job.longest:.1f} sequences of {job.longest}; "
+        f"{job.sequences_of_engine} want to run",
+        fullest,
+        says,
+        *wrong,
+    ]
 
 
 # ---------------------------------------------------------------------------------------- remedies
-# Each brings the total of one part of a step down to the card on its own, in its mildest form, and
-# says so as a flag; or says nothing: it cannot.
 
 
 def advice(job: Job, part: str) -> str:
-    found = [remedy(job, part) for remedy in REMEDIES]
-    return " or ".join(filter(None, found)) or "no flag is enough alone"
+    """Flags of which each brings the total of one part of a step down to the card on its own, in
+    its mildest form."""
+    found = []
+    for start, field, values, flag in remedies(job):
+        at = bisect_left(values, True, key=partial(fits, start, part, field))
+        if at < len(values):
+            value = values[at]
+            if field == "offload":
+                value = " ".join(value)
+            found.append(flag.format(value))
+    return " or ".join(found) or "no flag is enough alone"
 
 
-def fits(job: Job, part: str) -> bool:
-    return part_totals(job)[part] <= job.card_gb
+def fits(job: Job, part: str, field: str, value) -> bool:
+    """With this value in that field."""
+    return part_totals(replace(job, **{field: value}))[part] <= job.card_gb
 
 
-def lower_gpu_memory(job: Job, part: str) -> str:
-    if job.bf16:
-        for percent in range(round(100 * job.gpu_memory), 0, -1):
-            changed = replace(job, gpu_memory=percent / 100)
-            if cached_tokens(changed) >= job.longest and fits(changed, part):
-                return f"--gpu_memory at most {changed.gpu_memory}"
-    return ""
-
-
-def checkpoint_layers(job: Job, part: str) -> str:
-    if fits(replace(job, gradient_checkpointing=True), part):
-        return "--gradient_checkpointing"
-    return ""
-
-
-def smaller_microbatches(job: Job, part: str) -> str:
-    def enough(budget: int) -> bool:
-        return fits(replace(job, max_tokens_per_microbatch=budget), part)
-
+def remedies(job: Job):
+    """(job, a field of it, what that could be instead, the flag that says so). The mildest value
+    comes first, and each needs no more memory than the one before."""
+    sharded = replace(job, sharded=True)
+    shares = []  # of a card, with which a sequence of full length has room in the KV cache
+    for percent in range(round(100 * job.gpu_memory), 0, -1):
+        if cached_tokens(replace(job, gpu_memory=percent / 100)) >= job.longest:
+            shares.append(percent / 100)
+    yield job, "gpu_memory", shares, "--gpu_memory at most {}"
+    yield job, "gradient_checkpointing", [True], "--gradient_checkpointing"
     budgets = range(job.max_tokens_per_microbatch, job.longest - 1, -1)
-    at = bisect_left(budgets, True, key=enough)
-    if at < len(budgets):
-        return f"--max_tokens_per_microbatch at most {budgets[at]}"
-    return ""
-
-
-def offload_models(job: Job, part: str) -> str:
+    yield job, "max_tokens_per_microbatch", budgets, "--max_tokens_per_microbatch at most {}"
     if job.bf16:
-        for models in (["critic"], ["critic", "policy"], ["critic", "policy", "reference"]):
-            if fits(replace(job, offload=models, sharded=True), part):
-                return f"--offload {' '.join(models)}"
-    return ""
-
-
-def more_gpus(job: Job, part: str) -> str:
-    """A number that shares engines and prompts evenly."""
-    for ranks in range(job.ranks + 1, 513):
-        if ranks % job.tp == 0 and job.prompts_per_step % ranks == 0:
-            if fits(replace(job, ranks=ranks, sharded=True), part):
-                return f"at least {ranks} GPUs"
-    return ""
-
-
-def drop_reference(job: Job, part: str) -> str:
-    if fits(replace(job, reference=None), part):
-        return "--kl_coef 0"
-    return ""
-
-
-def smaller_critic(job: Job, part: str) -> str:
-    """In steps of a twentieth; only its number of parameters changes, not what its layers keep."""
+        models = [["critic"], ["critic", "policy"], ["critic", "policy", "reference"]]
+        yield sharded, "offload", models, "--offload {}"
+    more = range(job.ranks + job.tp, 513, job.tp)  # shared evenly by the ranks of an engine
+    gpus = [ranks for ranks in more if job.prompts_per_step % ranks == 0]
+    yield sharded, "ranks", gpus, "at least {} GPUs"
+    yield job, "reference", [None], "--kl_coef 0"
     if job.critic:
+        # in steps of a twentieth; only its number of parameters changes, not what its layers keep
+        critics = []
         for twentieths in range(19, 0, -1):
             params = job.critic.params * twentieths // 20
-            if fits(replace(job, critic=replace(job.critic, params=params)), part):
-                return f"a --critic_model of at most {params:,} parameters"
-    return ""
-
-
-REMEDIES = (
-    lower_gpu_memory,
-    checkpoint_layers,
-    smaller_microbatches,
-    offload_models,
-    more_gpus,
-    drop_reference,
-    smaller_critic,
-)
+            critics.append(replace(job.critic, params=params))
+        yield job, "critic", critics, "a --critic_model of at most {.params:,} parameters"
 
 
 # ------------------------------------------------------------------------------------- of a run
@@ -530,15 +471,16 @@ def plan_of_run(policy, critic, args, ranks: int, card_gb: float | None, cuda: b
     return plan.text
 
 
-def main(words: list[str]) -> None:
+def main(words: list[str]):
     """A command line of ppo.py that has `--plan GPUS GB` anywhere in it."""
     at = words.index("--plan")
+    asked = words[at : at + 3]
     try:
-        ranks = int(words[at + 1])
-        card_gb = float(words[at + 2])
-    except (IndexError, ValueError):
-        asked = " ".join(words[at : at + 3])
-        sys.exit(f"{asked}: give GPUs and GB of each, as in --plan 4 80")
+        _, gpus, gb = asked
+        ranks = int(gpus)
+        card_gb = float(gb)
+    except ValueError:
+        sys.exit(f"{' '.join(asked)}: give GPUs and GB of each, as in --plan 4 80")
     import ppo  # for its flags and their checks; only this function needs them
 
     args = ppo.parse_args(words[:at] + words[at + 3 :])

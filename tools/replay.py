@@ -37,16 +37,16 @@ class Replay:
     def __init__(self, ranks: dist.Ranks):
         self.ranks = ranks
         self.meter = dist.Meter()
-        self.faults: list[str] = []
+        self.faults = []
 
     def progress(self, items):
         return items
 
-    def check_finite(self, batch, update: dict | None = None, **tensors) -> None:
+    def check_finite(self, batch, update: dict | None = None, **tensors):
         for texts in dist.everywhere(not_finite(**tensors), self.ranks):
             self.faults += texts
 
-    def say(self, text: str) -> None:
+    def say(self, text: str):
         if self.ranks.rank == 0:
             print(text, flush=True)
 
@@ -61,34 +61,24 @@ def main(file: Path) -> int:
     run = Replay(ranks)
     run.say(f"it had ended with: {record['error']}")
 
-    batch = read_batch(record["batch"], accelerator.device)
-    tensors = {name: x for name, x in vars(batch).items() if torch.is_tensor(x)}
+    batch = record["batch"]
+    tensors = {name: x.to(accelerator.device) for name, x in batch.items() if torch.is_tensor(x)}
     run.check_finite(batch, **tensors)
     if record["update"]:
+        samples = [rollout.Sample(*sample) for sample in batch["samples"]]
+        batch = ppo.Batch(**batch | tensors | {"samples": samples})
         do_update(record["update"], batch, args, accelerator, file.parent, run)
 
-    for fault in run.faults:
+    for fault in run.faults or ["every number is finite"]:
         run.say(f"once more: {fault}")
-    if not run.faults:
-        run.say("once more: every number is finite")
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
     return int(bool(run.faults))
 
 
-def read_batch(plain: dict, device: torch.device) -> ppo.Batch:
-    """The way back from Batch.plain."""
-    parts = dict(plain)
-    parts["samples"] = [rollout.Sample(*sample) for sample in plain["samples"]]
-    for name, x in plain.items():
-        if torch.is_tensor(x):
-            parts[name] = x.to(device)
-    return ppo.Batch(**parts)
-
-
 def do_update(
     update: dict, batch: ppo.Batch, args: ppo.Args, accelerator, folder: Path, run: Replay
-) -> None:
+):
     """`update` as ppo.take_step recorded it; `folder` has the weights and moments."""
     name, lr, chosen = update["model"], update["lr"], update["chosen"]
     model_type = AutoConfig.from_pretrained(folder / "policy").model_type
@@ -102,9 +92,7 @@ def do_update(
     run.say(f"update of the {name} with {len(chosen)} responses, lr {lr}: gradient norm {norm!r}")
     weights = {}
     for key, p in trained.model.named_parameters():
-        weights[f"{name}'s {key}"] = p
-        if isinstance(p, DTensor):
-            weights[f"{name}'s {key}"] = p.to_local()
+        weights[f"{name}'s {key}"] = p.to_local() if isinstance(p, DTensor) else p
     run.check_finite(batch, **weights)
 
 

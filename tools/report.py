@@ -21,7 +21,8 @@ import os
 import re
 import sys
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
+from itertools import accumulate
 from pathlib import Path
 
 PAGE = Path(__file__).with_name("report.html")
@@ -33,6 +34,8 @@ TEXT_CHARS = 16_000  # of a prompt or response; longer ones lose their middle
 FIELD_CHARS = 500  # of any other field of a sample
 TOKENS = 2_048  # with numbers, of a sample: its last ones
 BASE64 = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/"
+DIGITS = [high + low for high in BASE64 for low in BASE64]  # of 0 to 4,095
+IN_PAGE = ("name", "steps", "curves", "samples", "total", "bucket")  # what it has of each run
 SHOWN_FIELDS = {"step", "prompt", "response", "tokens", "values", "advantages"}
 # flags that say where, when and how, not what is learned
 SAME = set(
@@ -49,7 +52,7 @@ class Panel:
     """One drawing, and how its vertical axis lies."""
 
     title: str
-    keys: list[str]  # of metrics.jsonl; in SECTIONS regular expressions that match whole keys
+    keys: list[str] | str  # of metrics.jsonl; in SECTIONS regular expressions that match whole ones
     low: float | None = None  # the axis reaches down to it
     floor: float | None = None  # the axis reaches no further down
     log: bool = False
@@ -68,49 +71,49 @@ SECTIONS = [
         "reward",
         "Reward",
         [
-            Panel("fraction correct", ["reward/correct", "eval/(.+/)?correct"], low=0),
-            Panel("reward", ["reward/mean"]),
-            Panel("response length (tokens)", ["rollout/length_mean", "eval/(.+/)?length_mean"]),
-            Panel("share of the responses cut at the limit", ["rollout/truncated_frac"], low=0),
+            Panel("fraction correct", "reward/correct eval/(.+/)?correct", low=0),
+            Panel("reward", "reward/mean"),
+            Panel("response length (tokens)", "rollout/length_mean eval/(.+/)?length_mean"),
+            Panel("share of the responses cut at the limit", "rollout/truncated_frac", low=0),
         ],
     ),
     Section(
         "policy",
         "Policy",
         [
-            Panel("entropy (nats per token)", ["policy/entropy"]),
-            Panel("KL(old policy || new) of an update", ["policy/approx_kl"]),
-            Panel("share of the tokens clipped", ["policy/clipfrac_low", "policy/clipfrac_high"]),
-            Panel("gradient norm", ["policy/grad_norm"]),
-            Panel("KL to the reference", ["policy/ref_kl"]),
+            Panel("entropy (nats per token)", "policy/entropy"),
+            Panel("KL(old policy || new) of an update", "policy/approx_kl"),
+            Panel("share of the tokens clipped", "policy/clipfrac_low policy/clipfrac_high"),
+            Panel("gradient norm", "policy/grad_norm"),
+            Panel("KL to the reference", "policy/ref_kl"),
         ],
     ),
     Section(
         "critic",
         "Critic",
         [
-            Panel("explained variance", ["critic/explained_var"], floor=-1),
-            Panel("values", ["critic/value_mean", "critic/value_min", "critic/value_max"]),
-            Panel("loss", ["critic/loss"]),
+            Panel("explained variance", "critic/explained_var", floor=-1),
+            Panel("values", "critic/value_mean critic/value_min critic/value_max"),
+            Panel("loss", "critic/loss"),
         ],
     ),
     Section(
         "calibration",
         "Critic calibration: does it expect what comes?",
         [
-            Panel("1st quarter of the responses", ["critic/value_q1", "critic/return_q1"]),
-            Panel("2nd quarter of the responses", ["critic/value_q2", "critic/return_q2"]),
-            Panel("3rd quarter of the responses", ["critic/value_q3", "critic/return_q3"]),
-            Panel("4th quarter of the responses", ["critic/value_q4", "critic/return_q4"]),
+            Panel("1st quarter of the responses", "critic/value_q1 critic/return_q1"),
+            Panel("2nd quarter of the responses", "critic/value_q2 critic/return_q2"),
+            Panel("3rd quarter of the responses", "critic/value_q3 critic/return_q3"),
+            Panel("4th quarter of the responses", "critic/value_q4 critic/return_q4"),
         ],
     ),
     Section(
         "mismatch",
         "Engine against trainer",
         [
-            Panel("|log-prob gap|, mean", ["mismatch/logp_abs_mean"], log=True),
-            Panel("|log-prob gap| after the sync (canary)", ["mismatch/canary"], log=True),
-            Panel("KL(engine || trainer)", ["mismatch/kl"]),
+            Panel("|log-prob gap|, mean", "mismatch/logp_abs_mean", log=True),
+            Panel("|log-prob gap| after the sync (canary)", "mismatch/canary", log=True),
+            Panel("KL(engine || trainer)", "mismatch/kl"),
         ],
     ),
     Section(
@@ -119,16 +122,8 @@ SECTIONS = [
         [
             Panel(
                 "seconds of a step, by phase",
-                [
-                    "time/sample",
-                    "time/reward",
-                    "time/forward",
-                    "time/advantage",
-                    "time/update",
-                    "time/sync",
-                    "time/report",
-                    "time/save",
-                ],
+                "time/sample time/reward time/forward time/advantage "
+                "time/update time/sync time/report time/save",
                 stack=True,
             )
         ],
@@ -137,9 +132,9 @@ SECTIONS = [
         "perf",
         "Speed and memory",
         [
-            Panel("tokens per second, whole step", ["perf/tokens_per_s"], low=0),
-            Panel("MFU of the update", ["perf/mfu"], low=0),
-            Panel("memory at the peak (GB)", ["perf/peak_gb"], low=0),
+            Panel("tokens per second, whole step", "perf/tokens_per_s", low=0),
+            Panel("MFU of the update", "perf/mfu", low=0),
+            Panel("memory at the peak (GB)", "perf/peak_gb", low=0),
         ],
     ),
 ]
@@ -176,8 +171,9 @@ def parse(line: bytes) -> dict | None:
         row = json.loads(line.decode(errors="replace"))
     except (ValueError, RecursionError):
         return None
-    if isinstance(row, dict) and isinstance(row.get("step"), int):
-        return row
+    match row:
+        case {"step": int()}:
+            return row
     return None
 
 
@@ -194,14 +190,14 @@ def read_run(folder: Path, budget: int = SAMPLE_BYTES, points: int = CURVE_POINT
     config = read_config(folder)
     rows = read_rows(folder / "metrics.jsonl")
     samples, total = read_samples(folder / "samples.jsonl", budget)
-    run = {
+    return {
         "name": folder.resolve().name,
         "config": config,
         "rows": rows,
         "samples": samples,
         "total": total,  # samples in the file
+        **thin(rows, points),
     }
-    return run | thin(rows, points)
 
 
 def read_config(folder: Path) -> dict:
@@ -222,10 +218,8 @@ def read_rows(file: Path) -> list[dict]:
     rows = {}  # by step
     if file.exists():
         with open(file, "rb") as lines:
-            for line in lines:
-                row = parse(line)
-                if row is not None:
-                    rows.setdefault(row["step"], {}).update(row)
+            for row in filter(None, map(parse, lines)):
+                rows.setdefault(row["step"], {}).update(row)
     return [rows[step] for step in sorted(rows)]
 
 
@@ -233,9 +227,8 @@ def thin(rows: list[dict], points: int) -> dict:
     """Curves of at most so many points, each the mean of `bucket` neighbouring steps: a power of
     two, so that those of a longer and a shorter run meet. Evaluations are rare and stay as they
     are."""
-    last = max((row["step"] for row in rows), default=1)
     bucket = 1
-    while bucket * points < last:
+    while rows and bucket * points < rows[-1]["step"]:
         bucket *= 2
     found = {}  # key -> step -> what is averaged there
     for row in rows:
@@ -258,12 +251,13 @@ def thin(rows: list[dict], points: int) -> dict:
 # ---- samples
 
 
-def read_samples(file: Path, budget: int) -> tuple[list[dict], int]:
+def read_samples(file: Path, budget: int):
     """(samples, how many there are). The file of a long run is larger than memory: only the chosen
     lines are parsed."""
-    starts = line_starts(file)
-    if not starts:
+    if not file.exists():
         return [], 0
+    with open(file, "rb") as lines:
+        starts = list(accumulate(map(len, lines), initial=0))[:-1]
     few = pick(file, starts, min(len(starts), 40))
     wanted = min(len(starts), int(budget / size_in_page(few) * max(1, len(few))))
     while True:
@@ -272,20 +266,9 @@ def read_samples(file: Path, budget: int) -> tuple[list[dict], int]:
         if used <= budget or wanted <= 1:
             break
         wanted = max(1, int(wanted * min(0.95, budget / used)))
-    if wanted == len(starts):
-        return samples, len(samples)  # torn lines are no samples
+    if wanted == len(starts):  # torn lines are no samples
+        return samples, len(samples)
     return samples, len(starts)
-
-
-def line_starts(file: Path) -> list[int]:
-    """Where the lines begin, in bytes."""
-    if not file.exists():
-        return []
-    starts = [0]
-    with open(file, "rb") as lines:
-        for line in lines:
-            starts.append(starts[-1] + len(line))
-    return starts[:-1]
 
 
 def pick(file: Path, starts: list[int], count: int) -> list[dict]:
@@ -295,7 +278,7 @@ def pick(file: Path, starts: list[int], count: int) -> list[dict]:
         for i in range(count):
             lines.seek(starts[round(i * (len(starts) - 1) / max(1, count - 1))])
             row = parse(lines.readline())
-            if row is not None:
+            if row:
                 samples.append(compact(row))
     return samples
 
@@ -322,19 +305,18 @@ def compact(row: dict) -> dict:
                 sample[name] = pack(numbers[-TOKENS:])
         tokens = [token.replace("\x7f", "\ufffd") for token in tokens[-TOKENS:]]
         sample["tokens"] = "\x7f".join(tokens)
-        ending = "".join(tokens)
-        if not response.endswith(ending):
-            # the last may be an end of sequence, which has no text in the response
-            ending = "".join(tokens[:-1])
-        if response.endswith(ending):
-            response = response[: len(response) - len(ending)]
+        # the last may be an end of sequence, which has no text in the response
+        for ending in ("".join(tokens), "".join(tokens[:-1])):
+            if response.endswith(ending):
+                response = response.removesuffix(ending)
+                break
         else:
             sample["whole"] = True
     sample["response"] = clip(response)
     return sample
 
 
-def compact_prompt(prompt) -> str | list[list[str]]:
+def compact_prompt(prompt):
     """Text, or [role, text] of each message."""
     if not isinstance(prompt, list):
         return clip(str(prompt))
@@ -369,10 +351,7 @@ def pack(numbers: list) -> list:
     least = min(numbers)
     largest = max(numbers)
     span = (largest - least) or 1
-    digits = []
-    for value in numbers:
-        place = round((value - least) / span * 4095)
-        digits += [BASE64[place >> 6], BASE64[place & 63]]
+    digits = [DIGITS[round((value - least) / span * 4095)] for value in numbers]
     return [least, largest, "".join(digits)]
 
 
@@ -385,13 +364,13 @@ def configuration(config: dict) -> dict:
     same = {flag: value for flag, value in config.items() if flag not in SAME}
     out = str(config.get("out")) or "\0"
     seed = rf"(?i)(seed\W?|_s|-s){config.get('seed')}(?!\d)"
-    for flag in ("model", "critic_model", "ref_model"):
+    for flag in ("model", "critic_model"):
         if flag in same:
             same[flag] = re.sub(seed, r"\1*", str(same[flag]).replace(out, "OUT"))
     return same
 
 
-def group_runs(runs: list[dict]) -> list[dict]:
+def group_runs(runs: list[dict]):
     """[{name, runs: places}]: runs that differ in nothing but their seed are one group."""
     groups = {}  # configuration -> places of its runs
     for place, run in enumerate(runs):
@@ -408,23 +387,23 @@ def group_runs(runs: list[dict]) -> list[dict]:
     return named
 
 
-def filled_sections(runs: list[dict]) -> tuple[list[Section], list[str]]:
+def filled_sections(runs: list[dict]):
     """(sections and panels that have something to show, with their keys; keys that are in none)."""
-    keys = sorted(set().union(*(run["curves"] for run in runs)))
+    keys = set().union(*(run["curves"] for run in runs))
     used = {"time/step"}
     sections = []
     for section in SECTIONS:
         panels = []
         for panel in section.panels:
             matching = []
-            for pattern in panel.keys:
-                matching += [key for key in keys if re.fullmatch(pattern, key)]
+            for pattern in panel.keys.split():
+                matching += [key for key in sorted(keys) if re.fullmatch(pattern, key)]
             if matching:
                 panels.append(replace(panel, keys=matching))
                 used.update(matching)
         if panels:
             sections.append(replace(section, panels=panels))
-    return sections, [key for key in keys if key not in used]
+    return sections, sorted(keys - used)
 
 
 def summary(run: dict) -> dict:
@@ -447,14 +426,11 @@ def summary(run: dict) -> dict:
     }
 
 
-def differences(configs: list[dict]) -> list[list[str]]:
+def differences(configs: list[dict]):
     """[flag, its value in each configuration] of the flags in which they differ."""
-    found = []
-    for flag in sorted(set().union(*configs)):
-        values = [str(config.get(flag)) for config in configs]
-        if len(set(values)) > 1:
-            found.append([flag, *values])
-    return found
+    flags = sorted(set().union(*configs))
+    table = [[flag, *(str(config.get(flag)) for config in configs)] for flag in flags]
+    return [row for row in table if len(set(row[1:])) > 1]
 
 
 # ---- the page
@@ -463,7 +439,9 @@ def differences(configs: list[dict]) -> list[list[str]]:
 def encode(data) -> str:
     """JSON that cannot end the element that it stands in: no text of a sample is ever seen as
     HTML."""
-    text = json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    text = json.dumps(
+        data, ensure_ascii=False, separators=(",", ":"), allow_nan=False, default=vars
+    )
     text = text.replace("<", "\\u003c")
     return text.encode(errors="replace").decode()  # lone halves of surrogate pairs become ?
 
@@ -473,13 +451,12 @@ def build(runs: list[dict], watch: int = 0) -> str:
     its own script and style by their hashes and forbids everything else."""
     groups = group_runs(runs)
     sections, others = filled_sections(runs)
-    fields = ("name", "steps", "curves", "samples", "total", "bucket")
     data = {
-        "runs": [{field: run[field] for field in fields} for run in runs],
+        "runs": [{field: run[field] for field in IN_PAGE} for run in runs],
         "table": [summary(run) for run in runs],
         "differs": differences([configuration(runs[g["runs"][0]]["config"]) for g in groups]),
         "groups": groups,
-        "sections": [asdict(section) for section in sections],
+        "sections": sections,
         "others": others,
         "labels": LABELS,
         "colours": COLOURS,
@@ -491,14 +468,14 @@ def build(runs: list[dict], watch: int = 0) -> str:
     for tag in ("style", "script"):
         content = re.search(f"<{tag}>(.*?)</{tag}>", page, re.DOTALL)[1]
         digest = base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
-        page = page.replace(f"@{tag.upper()}_HASH@", digest)
+        page = page.replace(f"@{tag}_hash@", digest)
     return page.replace("@DATA@", encode(data))  # last: nothing looks for a placeholder in it
 
 
 # ---- PNGs
 
 
-def running_means(run: dict, key: str, weight: float) -> dict[int, float]:
+def running_means(run: dict, key: str, weight: float):
     """Step -> mean with exponentially falling weights, corrected for its start at 0."""
     means = {}
     mean = 0.0
@@ -511,7 +488,7 @@ def running_means(run: dict, key: str, weight: float) -> dict[int, float]:
     return means
 
 
-def band(members: list[dict], key: str, weight: float) -> list[tuple]:
+def band(members: list[dict], key: str, weight: float):
     """(step, mean, min, max over the runs) at the steps that all runs with this key have, of
     running means; evaluations as they are."""
     if key.startswith("eval/"):
@@ -535,40 +512,36 @@ def draw(runs: list[dict], folder: Path, weight: float) -> list[Path]:
     sections, _ = filled_sections(runs)
     paths = []
     for section in sections:
-        figure = draw_section(section, groups, weight)
-        paths.append(folder / f"{section.name}.png")
-        figure.savefig(paths[-1], dpi=120)
+        path = folder / f"{section.name}.png"
+        draw_section(section, groups, weight).savefig(path, dpi=120)
+        paths.append(path)
     return paths
 
 
 def draw_section(section: Section, groups: list[dict], weight: float):
     from matplotlib.figure import Figure
 
-    drawings = []  # (panel, the groups in it)
+    drawings = []  # (how, panel, the groups in it)
     for panel in section.panels:
         if panel.stack:
-            drawings += [(panel, [group]) for group in groups]
+            drawings += [(draw_stack, panel, [group]) for group in groups]
         else:
-            drawings.append((panel, groups))
+            drawings.append((draw_lines, panel, groups))
     down = math.ceil(len(drawings) / 2)
     across = min(2, len(drawings))
     figure = Figure(figsize=(5.5 * across, 3.1 * down))
-    for place, (panel, shown) in enumerate(drawings, 1):
+    for place, (draw_curves, panel, shown) in enumerate(drawings, 1):
         axis = figure.add_subplot(down, across, place)
-        title = panel.title
-        if panel.stack:
-            draw_stack(axis, panel, shown[0], weight)
-            if len(groups) > 1:
-                title += f", {shown[0]['name']}"
-        else:
-            draw_lines(axis, panel, shown, weight)
-        finish(axis, panel, title)
+        draw_curves(axis, panel, shown, weight)
+        finish(axis, panel)
+        if len(shown) < len(groups):
+            axis.set_title(f"{panel.title}, {shown[0]['name']}")
     figure.suptitle(", ".join(group["name"] for group in groups), fontsize=10)
     figure.tight_layout()
     return figure
 
 
-def draw_lines(axis, panel: Panel, groups: list[dict], weight: float) -> None:
+def draw_lines(axis, panel: Panel, groups: list[dict], weight: float):
     """A colour for each group of runs or, where there is one, for each key; a dash for each key."""
     for g, group in enumerate(groups):
         for k, key in enumerate(panel.keys):
@@ -576,36 +549,41 @@ def draw_lines(axis, panel: Panel, groups: list[dict], weight: float) -> None:
             if not points:
                 continue
             steps, mean, least, largest = zip(*points)
-            colour = COLOURS[k % len(COLOURS)]
+            place = k
             label = []
             if len(groups) > 1:
-                colour = COLOURS[g % len(COLOURS)]
+                place = g
                 label.append(group["name"])
             if len(panel.keys) > 1:
                 label.append(LABELS.get(key, key))
-            dash = DASHES[k % len(DASHES)]
-            style = "-"
-            if dash:
-                style = (0, [float(length) for length in dash.split()])
-            marker = "o" if key.startswith("eval/") else None
+            colour = COLOURS[place % len(COLOURS)]
+            dash = DASHES[k % len(DASHES)].split()
+            style = (0, list(map(float, dash))) if dash else "-"
             axis.plot(
-                steps, mean, label=", ".join(label), color=colour, ls=style, marker=marker, ms=4
+                steps,
+                mean,
+                label=", ".join(label),
+                color=colour,
+                ls=style,
+                marker="o" if key.startswith("eval/") else None,
+                ms=4,
             )
             axis.fill_between(steps, least, largest, alpha=0.18, linewidth=0, color=colour)
 
 
-def draw_stack(axis, panel: Panel, group: dict, weight: float) -> None:
+def draw_stack(axis, panel: Panel, groups: list[dict], weight: float):
+    """Of the one group."""
     layers = []  # of each key: step -> mean
     for key in panel.keys:
-        layers.append({step: mean for step, mean, *_ in band(group["members"], key, weight)})
+        layers.append({step: mean for step, mean, *_ in band(groups[0]["members"], key, weight)})
     steps = sorted(set().union(*layers))
     heights = [[layer.get(step, 0) for step in steps] for layer in layers]
     labels = [key.removeprefix("time/") for key in panel.keys]
     axis.stackplot(steps, heights, labels=labels, colors=COLOURS)
 
 
-def finish(axis, panel: Panel, title: str) -> None:
-    axis.set(title=title, xlabel="PPO step")
+def finish(axis, panel: Panel):
+    axis.set(title=panel.title, xlabel="PPO step")
     if panel.log:
         axis.set_yscale("log")
     if panel.low is not None:
@@ -613,48 +591,45 @@ def finish(axis, panel: Panel, title: str) -> None:
     if panel.floor is not None:
         axis.set_ylim(bottom=max(panel.floor, axis.get_ylim()[0]))
     axis.grid(alpha=0.25)
-    if any(axis.get_legend_handles_labels()[1]):
+    if axis.get_legend_handles_labels()[1]:
         axis.legend(fontsize=8, frameon=False)
 
 
 # ---- the command line
 
 
-def write(args: argparse.Namespace, watch: int) -> None:
+def write(args: argparse.Namespace, watch: int):
     """The page, the PNGs, and what is said of them."""
     count = len(args.runs)
     points = max(1, min(CURVE_POINTS, 8 * CURVE_POINTS // count))
     runs = [read_run(folder, SAMPLE_BYTES // count, points) for folder in args.runs]
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    new = args.out.with_name(f"{args.out.name}.new")
+    new = Path(f"{args.out}.new")
     new.write_text(build(runs, watch), encoding="utf-8")
-    os.replace(new, args.out)  # a reader sees the old page or the new one
+    new.replace(args.out)  # a reader sees the old page or the new one
     paths = draw(runs, args.png, args.smooth) if args.png else []
-    for run in runs:
-        row = summary(run)
-        text = f"{row['run']}: "
-        if row["held-out before"] is not None and row["after"] is not None:
-            text += (
+    for row in map(summary, runs):
+        accuracy = ""
+        if None not in (row["held-out before"], row["after"]):
+            accuracy = (
                 f"held-out accuracy {row['held-out before']:.3f} before, {row['after']:.3f} after "
             )
-        print(f"{text}{row['steps']} steps; {row['minutes']:.1f} minutes of PPO")
+        print(f"{row['run']}: {accuracy}{row['steps']} steps; {row['minutes']:.1f} minutes of PPO")
     for path in paths:
         print(f"curves: {path}")
     print(f"report: {args.out}", flush=True)
 
 
-def stamps(folders: list[Path]) -> list[tuple]:
-    """What changes when a run goes on."""
+def stamps(folders: list[Path]):
+    """What changes when a run goes on: times and sizes of its files."""
     found = []
     for folder in folders:
-        for name in ("metrics.jsonl", "samples.jsonl"):
-            if (folder / name).exists():
-                stat = (folder / name).stat()
-                found.append((stat.st_mtime_ns, stat.st_size))
+        for file in folder.glob("*.jsonl"):
+            found.append((file.stat().st_mtime_ns, file.stat().st_size))
     return found
 
 
-def watch_runs(args: argparse.Namespace) -> None:
+def watch_runs(args: argparse.Namespace):
     """Writes again whenever a run has gone on, until Ctrl-C; then a page that no longer reloads."""
     try:
         seen = None
@@ -690,7 +665,7 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
-def main() -> None:
+def main():
     args = parse_args()
     try:
         if args.watch:

@@ -9,48 +9,34 @@ import json
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path[0] = str(Path(__file__).resolve().parent.parent)
 import tyro
 
 import rewards
 
 
-def response_of(row: dict) -> str | None:
-    return row.get("response", row.get("text"))
-
-
-def read(file: str, task: str) -> list[dict]:
-    """The rows of the file; `task` is that of lines without one."""
+def read(file, task):
     rows = []
     with open(file, encoding="utf-8") as lines:
         for number, line in enumerate(lines, 1):
             place = f"{file}, line {number}"
+            # what a line may lack
             row = {"task": task or None, "id": f"line {number}"}
             try:
                 row |= json.loads(line)
             except (ValueError, TypeError):
                 sys.exit(f"{place}: no JSON object")
-            needed = {
-                "task": row["task"],
-                "answer": row.get("answer"),
-                "response": response_of(row),
-            }
+            known = {"response": row.get("text")} | row
             if "status" in row:  # a run's samples.jsonl: that is what was found in the response
-                needed["answer"] = None
-            absent = [name for name, value in needed.items() if value is None]
+                known["answer"] = None
+            needed = ("task", "answer", "response")
+            absent = '", no "'.join(name for name in needed if known.get(name) is None)
             if absent:
-                sys.exit(f'{place}: there is no "' + '", no "'.join(absent) + '"')
+                sys.exit(f'{place}: there is no "{absent}"')
             rows.append(row)
     if not rows:
         sys.exit(f"{file} has no lines")
     return rows
-
-
-def show(row: dict, result: dict) -> None:
-    answer = result.get("answer", "")
-    found = repr(answer) if answer else ""
-    line = f"{row['task']:12s} {result['status']:10s} {result['reward']:<7.3g} {found:24.24s}"
-    print(line, row["id"])
 
 
 def main(
@@ -58,7 +44,7 @@ def main(
     task: str = "",
     out: str = "",
     rules: rewards.Rules = rewards.DEFAULT,
-) -> None:
+):
     """Judges the lines of FILE, a JSONL file: "task" (else TASK), "answer", "response" or "text",
     perhaps "id", "finished". OUT gets them with their verdicts."""
     rows = read(file, task)
@@ -66,24 +52,31 @@ def main(
         print(rewards.start({row["task"] for row in rows}, rules))
     except ValueError as error:  # a task without a reward
         sys.exit(f"{file}: {error}")
-    print(f"{'task':12s} {'status':10s} reward  {'answer found':24s} line")
-    texts = [response_of(row) for row in rows]
-    finished = [row.get("finished", True) for row in rows]
-    results = []
-    for row, future in zip(rows, rewards.submit(texts, rows, finished, rules)):
-        error = future.exception()
-        if error:
+    print("task         status     reward  answer found             line")
+    futures = rewards.submit(
+        [row.get("response", row.get("text")) for row in rows],
+        rows,
+        [row.get("finished", True) for row in rows],
+        rules,
+    )
+    for row, future in zip(rows, futures):
+        try:
+            result = future.result()
+        except Exception as error:
             sys.exit(f"{file}, {row['id']}: its answer cannot be used: {error!r}")
-        results.append(future.result())
-        show(row, results[-1])
-    means = []
-    for key, value in rewards.summary(results).items():
-        if value or key == "reward/correct":
-            means.append(f"{key.removeprefix('reward/')} {value:.3g}")
+        row["verdict"] = result
+        found = repr(result["answer"]) if result.get("answer") else ""
+        said = f"{result['status']:10s} {result['reward']:<7.3g} {found:24.24s}"
+        print(f"{row['task']:12s} {said} {row['id']}")
+    results = [row["verdict"] for row in rows]
+    means = [
+        f"{key.removeprefix('reward/')} {value:.3g}"
+        for key, value in rewards.summary(results).items()
+        if value or key == "reward/correct"
+    ]
     print(f"{len(rows)} responses: {', '.join(means)}")
     if out:
-        lines = [json.dumps(row | {"verdict": result}) for row, result in zip(rows, results)]
-        Path(out).write_text("\n".join(lines) + "\n")
+        Path(out).write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 if __name__ == "__main__":

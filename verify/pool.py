@@ -15,7 +15,6 @@ import os
 import queue
 import select
 import signal
-import struct
 import subprocess
 import sys
 import sysconfig
@@ -32,14 +31,14 @@ MEMORY = 1 << 30  # bytes of address space that a program may have
 THREADS = 128  # responses under way at the same time; most of them wait for a process
 TRIES = 5  # of a job whose server was killed or went mad
 # What a server does that was killed or has gone mad
-FAILURES = (OSError, EOFError, TimeoutError, ValueError, struct.error)
+FAILURES = (OSError, EOFError, ValueError)  # a TimeoutError is an OSError
 
 
 class Infra(Exception):
     """Our machine failed, not the model: the sample is left out of the loss and counted."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Kind:
     """What servers of one kind have imported, and what their jobs get."""
 
@@ -69,8 +68,15 @@ def import_path(kind: Kind) -> list[str]:
         return []
     folders = [sysconfig.get_path("purelib"), sysconfig.get_path("platlib")]
     if kind.folder:
-        folders.append(kind.folder)
+        folders += [kind.folder]
     return list(dict.fromkeys(folders))
+
+
+def wait_for(pipe, event, deadline: float):
+    poll = select.poll()  # select() knows no descriptor above 1023
+    poll.register(pipe, event)
+    if not poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
+        raise TimeoutError("the sandbox does not answer")
 
 
 class Server:
@@ -78,30 +84,32 @@ class Server:
     answer. `off` switches walls off, for tests. Raises RuntimeError where people must mend
     something: a package is missing, or there are too few walls for model-written programs."""
 
-    def __init__(self, name: str, unsafe: bool = False, off: tuple[str, ...] = ()) -> None:
+    def __init__(self, name: str, unsafe: bool = False, off: tuple[str, ...] = ()):
         kind = KINDS[name]
         self.process = subprocess.Popen(
-            [sys.executable, "-I", "-S", str(HERE / "sandbox.py")],
+            [sys.executable, "-I", "-S", HERE / "sandbox.py"],
             env={},
             cwd="/",
             start_new_session=True,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
-            bufsize=0,
+            bufsize=0,  # so a read or write is one call of the system
         )
-        config = {
-            "path": import_path(kind),
-            "preload": [kind.module] if kind.module else [],
-            "warm_up": kind.warm_up,
-            "off": list(off),
-        }
         try:
             os.set_blocking(self.process.stdin.fileno(), False)
-            self.send(time.monotonic() + 60, config)
+            self.send(
+                time.monotonic() + 60,
+                {
+                    "path": import_path(kind),
+                    "preload": kind.module.split(),
+                    "warm_up": kind.warm_up,
+                    "off": off,
+                },
+            )
             self.walls, _ = self.receive(time.monotonic() + 60)
-            if kind.module in self.walls["missing"]:
-                why = self.walls["missing"][kind.module]
+            why = self.walls["missing"].get(kind.module)
+            if why is not None:
                 raise RuntimeError(f"{name} rewards: {why}: pip install it, or -r requirements.txt")
             if kind.model_written and not unsafe:
                 self.need_walls(name)
@@ -109,7 +117,7 @@ class Server:
             self.kill()
             raise
 
-    def need_walls(self, name: str) -> None:
+    def need_walls(self, name: str):
         layers = set(self.walls["layers"])
         if "seccomp" in layers and layers & {"landlock", "namespaces"}:
             return
@@ -119,40 +127,32 @@ class Server:
             "use another machine, or --unsafe_code"
         )
 
-    def kill(self) -> None:
-        if self.process.poll() is None:
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
-        self.process.stdin.close()
-        self.process.stdout.close()
+    def kill(self):
+        with self.process:  # closes the pipes and waits
+            if self.process.poll() is None:
+                os.killpg(self.process.pid, signal.SIGKILL)
 
-    def wait(self, pipe: int, event: int, deadline: float) -> None:
-        poll = select.poll()  # select() knows no descriptor above 1023
-        poll.register(pipe, event)
-        if not poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
-            raise TimeoutError("the sandbox does not answer")
-
-    def send(self, deadline: float, header: dict, *bodies: bytes) -> None:
+    def send(self, deadline: float, header: dict, *bodies: bytes):
         text = json.dumps(header).encode()
-        pipe = self.process.stdin.fileno()
-        data = memoryview(struct.pack(">I", len(text)) + text + b"".join(bodies))
+        pipe = self.process.stdin
+        data = memoryview(len(text).to_bytes(4, "big") + text + b"".join(bodies))
         while data:
-            self.wait(pipe, select.POLLOUT, deadline)
-            data = data[os.write(pipe, data) :]
+            wait_for(pipe, select.POLLOUT, deadline)
+            data = data[pipe.write(data) :]
 
     def read(self, count: int, deadline: float) -> bytes:
         data = bytearray()
-        pipe = self.process.stdout.fileno()
+        pipe = self.process.stdout
         while len(data) < count:
-            self.wait(pipe, select.POLLIN, deadline)
-            more = os.read(pipe, count - len(data))
+            wait_for(pipe, select.POLLIN, deadline)
+            more = pipe.read(count - len(data))
             if not more:
                 raise EOFError("the sandbox is gone")
             data += more
         return bytes(data)
 
     def receive(self, deadline: float) -> tuple[dict, bytes]:
-        (size,) = struct.unpack(">I", self.read(4, deadline))
+        size = int.from_bytes(self.read(4, deadline), "big")
         header = json.loads(self.read(size, deadline))
         return header, self.read(header.get("output", 0), deadline)
 
@@ -166,77 +166,55 @@ class Server:
 
 @dataclass
 class Outcome:
-    """What came of a program."""
-
     status: str  # ok, timeout, memory, crash, output
     cpu: float  # seconds
     output: bytes  # what it printed, or the JSON of what its function returned
     walls: dict  # "layers" that its server has, and why the "missing" ones are missing
 
 
-@dataclass
-class Job:
-    """One program and one input."""
-
-    kind: str
-    unsafe: bool
-    limits: dict  # as sandbox.py wants them
-    program: bytes
-    given: bytes
-    future: Future  # of an Outcome
+def serve(jobs):
+    """The life of a thread: calls from a queue of (..., future, function, arguments)."""
+    while True:
+        *_, future, function, arguments = jobs.get()
+        try:
+            future.set_result(function(*arguments))
+        except BaseException as error:  # raised where the result is asked for
+            future.set_exception(error)
 
 
 class Pool:
     """`workers` threads, each with its own servers, take the jobs; one thread for each response
     under way waits for its jobs. All of them are daemons: the end of the program waits for none."""
 
-    def __init__(self, workers: int) -> None:
+    def __init__(self, workers: int):
         self.closed = False
         self.process = os.getpid()
         self.arrivals = itertools.count()
-        # (tried before, arrival, job): the smallest goes first, and no two jobs arrive as one
-        self.jobs: queue.PriorityQueue[tuple] = queue.PriorityQueue()
-        self.calls: queue.SimpleQueue[tuple] = queue.SimpleQueue()
-        self.servers: dict[tuple, Server] = {}  # of (worker, kind, unsafe)
-        for number in range(workers):
-            threading.Thread(target=self.work, args=(number,), daemon=True).start()
-        for _ in range(THREADS):
-            threading.Thread(target=self.respond, daemon=True).start()
+        # (tried before, arrival, ...): the smallest goes first, and no two jobs arrive as one
+        self.jobs = queue.PriorityQueue()
+        self.calls = queue.SimpleQueue()
+        self.servers = {}  # of (thread, kind, unsafe)
+        for jobs in [self.jobs] * workers + [self.calls] * THREADS:
+            threading.Thread(target=serve, args=(jobs,), daemon=True).start()
         atexit.register(self.close)
 
-    def work(self, number: int) -> None:
-        while True:
-            _, _, job = self.jobs.get()
-            try:
-                job.future.set_result(self.run(job, number))
-            except Exception as error:  # raised where the outcome is waited for
-                job.future.set_exception(error)
-
-    def run(self, job: Job, number: int) -> Outcome:
-        """Runs a job in this worker's server, in a fresh one when that fails."""
-        key = (number, job.kind, job.unsafe)
+    def run(self, kind: str, unsafe: bool, *job) -> Outcome:
+        """Runs a job in this thread's server, in a fresh one when that fails."""
+        key = (threading.get_ident(), kind, unsafe)
         for attempt in range(TRIES):
             try:
                 if key not in self.servers:
-                    self.servers[key] = Server(job.kind, job.unsafe)
+                    self.servers[key] = Server(kind, unsafe)
                 server = self.servers[key]
-                result, output = server.run(job.limits, job.program, job.given)
+                result, output = server.run(*job)
                 return Outcome(result["status"], result["cpu"], output, server.walls)
             except FAILURES as error:
                 if key in self.servers:
                     self.servers.pop(key).kill()
                 if attempt == TRIES - 1 or self.closed:
-                    raise Infra(f"{job.kind}: {error!r}") from error
+                    raise Infra(f"{kind}: {error!r}") from error
 
-    def respond(self) -> None:
-        while True:
-            future, function, arguments = self.calls.get()
-            try:
-                future.set_result(function(*arguments))
-            except BaseException as error:  # raised where the result is asked for
-                future.set_exception(error)
-
-    def close(self) -> None:
+    def close(self):
         self.closed = True
         if self.process == os.getpid():  # not in a fork of it
             for server in list(self.servers.values()):
@@ -260,7 +238,7 @@ os.register_at_fork(after_in_child=this_pool.cache_clear)  # threads do not surv
 
 def submit(function: Callable, *arguments) -> Future:
     """Calls function(*arguments) in a thread that may wait for sandboxes."""
-    future: Future = Future()
+    future = Future()
     this_pool().calls.put((future, function, arguments))
     return future
 
@@ -281,17 +259,16 @@ def run_sandboxed(
     bytes of output that it may write; unsafe: with too few walls too. Raises Infra, RuntimeError.
     """
     pool = this_pool()
+    how = "call" if name else "stdin"
     if name:
-        how = "call"
-        data = json.dumps(given).encode()
-    else:
-        how = "stdin"
-        data = str(given).encode("utf-8", "surrogatepass")
+        given = json.dumps(given)
+    data = given.encode("utf-8", "surrogatepass")
     limits = {"kind": how, "fn_name": name, "cpu": cpu, "memory": MEMORY, "output": size}
     for tried, wall in enumerate((KINDS[kind].first_try, 2 * cpu + 1)):
-        job = Job(kind, unsafe, limits | {"wall": wall}, program, data, Future())
-        pool.jobs.put((tried, next(pool.arrivals), job))
-        outcome = job.future.result()
+        future = Future()
+        job = (kind, unsafe, limits | {"wall": wall}, program, data)
+        pool.jobs.put((tried, next(pool.arrivals), future, pool.run, job))
+        outcome = future.result()
         if outcome.status != "timeout":
             break
     return outcome

@@ -3,8 +3,9 @@ behind several walls.
 
 verify/pool.py starts it as `python -I -S sandbox.py` with an empty environment; nobody imports it;
 standard library only.
-Owns: what a hostile program can reach. Refuses to know: expected outputs, scores, rows. It never
-runs a program itself.
+Owns: what a hostile program can reach. Refuses to know: expected outputs, scores, rows, and how many
+seconds and bytes a program gets: they come with it (TEST_SECONDS in rewards.py, MEMORY in pool.py).
+It never runs a program itself.
 
 Every child starts from the same image: the usual modules imported, no environment, no descriptors
 but its input and its output (memory files: nothing blocks on a pipe, a flood ends at a size), hash
@@ -35,7 +36,7 @@ preloaded, cgroups (they need a set-up by root outside).
 import os
 
 
-def ignore_fork_hooks(**hooks) -> None:
+def ignore_fork_hooks(**hooks):
     """For threading, logging, random: this process has one thread, and wants the same random
     numbers in every child. A third of the time of a fork goes there."""
 
@@ -45,6 +46,7 @@ import atexit
 import builtins
 import ctypes
 import errno
+import functools
 import gc
 import json
 import math
@@ -79,6 +81,16 @@ from builtins import *
 """
 OUT_OF_MEMORY = 77  # exit status of a child whose MemoryError nobody caught
 libc = ctypes.CDLL(None, use_errno=True)
+
+
+def must(succeed: bool, what: str):
+    if not succeed:
+        raise OSError(ctypes.get_errno(), what)
+
+
+def prctl(option: int, value: int) -> int:
+    return libc.prctl(option, value, 0, 0, 0)
+
 
 # ----------------------------------------------------------------------------------------- seccomp
 # The calls that a program may make, with their numbers on x86_64 and on aarch64, - where there is
@@ -179,7 +191,6 @@ faccessat2           439      439
 """
 MACHINES = {"x86_64": (1, 0xC000003E), "aarch64": (2, 0xC00000B7)}  # column above, AUDIT_ARCH_*
 LOAD, EQUAL, AT_LEAST, ANY_BIT, RETURN = 0x20, 0x15, 0x35, 0x45, 0x06  # BPF opcodes
-ALLOW, KILL, FAIL = 0x7FFF0000, 0x80000000, 0x00050000
 ITSELF = 0x7E57AB1E  # no process id is that large
 O_TMPFILE = 0o20000000
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND | O_TMPFILE
@@ -192,25 +203,34 @@ def reply(code: int) -> tuple:
     return (RETURN, 0, 0, code)
 
 
-def argument(i: int) -> tuple:
-    """Loads the low half of argument i: struct seccomp_data holds 64-bit arguments from byte 16."""
-    return (LOAD, 0, 0, 16 + 8 * i)
+def fail(error: int) -> tuple:
+    """The call does nothing and answers `error`."""
+    return reply(0x00050000 | error)
 
 
-def high_half(i: int) -> tuple:
-    return (LOAD, 0, 0, 16 + 8 * i + 4)
+ALLOW, KILL = reply(0x7FFF0000), reply(0x80000000)
+
+
+def argument(i: int, half: int = 0) -> tuple:
+    """Loads the low half of argument i, or its high half, 1: struct seccomp_data holds 64-bit
+    arguments from byte 16."""
+    return (LOAD, 0, 0, 16 + 8 * i + 4 * half)
 
 
 def only(i: int, *values: int, error: int = errno.EPERM) -> list[tuple]:
     """Allow when the low half of argument i is one of `values`."""
     tests = [(EQUAL, len(values) - k, 0, value) for k, value in enumerate(values)]
-    return [argument(i), *tests, reply(FAIL | error), reply(ALLOW)]
+    return [argument(i), *tests, fail(error), ALLOW]
 
 
-def reading(i: int) -> list[tuple]:
-    """Allow when the flags in argument i open a file to read it."""
-    refuse = reply(FAIL | errno.EACCES)
-    return [argument(i), (ANY_BIT, 0, 1, WRITING), refuse, reply(ALLOW)]
+def any_bit(i: int, bits: int, then: tuple, otherwise: tuple) -> list[tuple]:
+    """One reply when the low half of argument i has some of `bits`, and another when none."""
+    return [argument(i), (ANY_BIT, 0, 1, bits), then, otherwise]
+
+
+def zero(i: int, skip: int) -> list[tuple]:
+    """Goes on when argument i is 0, all of it, else leaves out the next `skip` instructions."""
+    return [argument(i), (EQUAL, 0, skip + 2, 0), argument(i, 1), (EQUAL, 0, skip, 0)]
 
 
 def seccomp_program(may_open: bool) -> bytes:
@@ -219,10 +239,11 @@ def seccomp_program(may_open: bool) -> bytes:
     fall back instead of crashing. ITSELF stands for the process id, which is known only after the
     fork; the program takes longer to write than to load."""
     column, audit = MACHINES[platform.machine()]
-    refuse = reply(FAIL | errno.EPERM)
-    cannot_open = [reply(FAIL | errno.EACCES)]
+    refuse = fail(errno.EPERM)
+    no_file = fail(errno.EACCES)
+    to_read = ALLOW if may_open else no_file
     rules = {
-        "clone": [argument(0), (ANY_BIT, 0, 1, CLONE_THREAD), reply(ALLOW), refuse],
+        "clone": any_bit(0, CLONE_THREAD, ALLOW, refuse),
         "kill": only(0, ITSELF),
         "tgkill": only(0, ITSELF),
         # TIOCSTI, FIOSETOWN and the rest: not a terminal
@@ -231,61 +252,44 @@ def seccomp_program(may_open: bool) -> bytes:
         "fcntl": only(1, 0, 1, 2, 3, 4, 1030, error=errno.EINVAL),
         "socket": [refuse],
         "socketpair": only(0, 1),  # AF_UNIX: asyncio wakes itself up with one
-        "sendto": [  # without an address
-            argument(4),
-            (EQUAL, 0, 3, 0),
-            high_half(4),
-            (EQUAL, 0, 1, 0),
-            reply(ALLOW),
-            refuse,
-        ],
-        "setrlimit": [reply(FAIL)],  # FAIL | 0: raising a limit "works", silently
-        "prlimit64": [  # without a new limit, and of itself
-            argument(2),
-            (EQUAL, 0, 5, 0),
-            high_half(2),
-            (EQUAL, 0, 3, 0),
-            argument(0),
-            (EQUAL, 0, 1, 0),
-            reply(ALLOW),
-            reply(FAIL),
-        ],
-        "open": reading(1) if may_open else cannot_open,
-        "openat": reading(2) if may_open else cannot_open,
+        "sendto": [*zero(4, 1), ALLOW, refuse],  # without an address
+        "setrlimit": [fail(0)],  # raising a limit "works", silently
+        # without a new limit, and of itself
+        "prlimit64": [*zero(2, 3), argument(0), (EQUAL, 0, 1, 0), ALLOW, fail(0)],
+        "open": any_bit(1, WRITING, no_file, to_read),
+        "openat": any_bit(2, WRITING, no_file, to_read),
     }
-    program = [(LOAD, 0, 0, 4), (EQUAL, 1, 0, audit), reply(KILL), (LOAD, 0, 0, 0)]
+    program = [(LOAD, 0, 0, 4), (EQUAL, 1, 0, audit), KILL, (LOAD, 0, 0, 0)]
     if platform.machine() == "x86_64":
-        program += [(AT_LEAST, 0, 1, X32_CALLS), reply(KILL)]  # that table has other numbers
+        program += [(AT_LEAST, 0, 1, X32_CALLS), KILL]  # that table has other numbers
     for line in SYSCALLS.strip().splitlines():
         row = line.split()
         if row[column] != "-":
-            body = rules.get(row[0], [reply(ALLOW)])
-            program.append((EQUAL, 0, len(body), int(row[column])))
-            program += body
-    program.append(reply(FAIL | errno.ENOSYS))
+            rule = rules.get(row[0], [ALLOW])
+            program += [(EQUAL, 0, len(rule), int(row[column])), *rule]
+    program.append(fail(errno.ENOSYS))
     return b"".join(struct.pack("HBBI", *instruction) for instruction in program)
 
 
-def forbid_system_calls(program: bytes) -> None:
+def forbid_system_calls(program: bytes):
     program = program.replace(struct.pack("I", ITSELF), struct.pack("I", os.getpid()))
     buffer = ctypes.create_string_buffer(program, len(program))
     # struct sock_fprog
     header = struct.pack("HxxxxxxP", len(program) // 8, ctypes.addressof(buffer))
-    if libc.prctl(22, 2, header, 0, 0):  # PR_SET_SECCOMP, SECCOMP_MODE_FILTER
-        raise OSError(ctypes.get_errno(), "seccomp")
+    # PR_SET_SECCOMP, SECCOMP_MODE_FILTER
+    must(libc.prctl(22, 2, header, 0, 0) == 0, "seccomp")
 
 
 # -------------------------------------------------------------------------- the other walls, once
 CREATE_RULESET, ADD_RULE, RESTRICT_SELF = 444, 445, 446  # system calls of Landlock
-READ_FILE, READ_DIR = 1 << 2, 1 << 3
+READ_FILE, READ_DIR = 0b100, 0b1000
 FILE_RIGHTS = {1: 13, 2: 14, 3: 15, 4: 15}  # how many each version knows; later ones have 16
 
 
-def restrict_files() -> None:
+def restrict_files():
     """Landlock: no file but for reading modules. docs.kernel.org/userspace-api/landlock.html"""
     version = libc.syscall(CREATE_RULESET, None, ctypes.c_size_t(0), 1)
-    if version < 1:
-        raise OSError(ctypes.get_errno(), "landlock")
+    must(version > 0, "landlock")
     every_right = (1 << FILE_RIGHTS.get(version, 16)) - 1
     size = 24
     if version < 6:  # no abstract sockets and signals out
@@ -303,21 +307,18 @@ def restrict_files() -> None:
             beneath = os.open(path, os.O_PATH | os.O_CLOEXEC)
             libc.syscall(ADD_RULE, ruleset, 1, struct.pack("=Qi", allowed, beneath), 0)
             os.close(beneath)
-    failed = ruleset < 0 or libc.syscall(RESTRICT_SELF, ruleset, 0)
-    if failed:
-        raise OSError(ctypes.get_errno(), "landlock")
+    must(ruleset >= 0 and libc.syscall(RESTRICT_SELF, ruleset, 0) == 0, "landlock")
     os.close(ruleset)
 
 
-def keep_in_sight() -> None:
+def keep_in_sight():
     """Where the interpreter lies in a folder that only root may enter, modules are found through a
     descriptor of it."""
     seen = {}
-    for path in sys.path:
-        if os.path.isdir(path) and path not in seen:
-            number = 300 + len(seen)  # above what children close
-            os.dup2(os.open(path, os.O_PATH), number)
-            seen[path] = f"/proc/self/fd/{number}"
+    folders = filter(os.path.isdir, dict.fromkeys(sys.path))
+    for number, path in enumerate(folders, 300):  # above what children close
+        os.dup2(os.open(path, os.O_PATH), number)
+        seen[path] = f"/proc/self/fd/{number}"
     sys.path[:] = [seen.get(path, path) for path in sys.path]
     for module in list(sys.modules.values()):
         if hasattr(module, "__path__"):  # packages remember where their parts lie
@@ -325,8 +326,8 @@ def keep_in_sight() -> None:
                 module.__path__ = [part.replace(path, link) for part in module.__path__]
 
 
-def become_nobody() -> None:
-    if os.geteuid() != 0:
+def become_nobody():
+    if os.geteuid():
         raise OSError(errno.EPERM, "started by an ordinary user")
     # below 65536: containers map no more; another one for every server on the machine
     uid = 20_000 + os.getpid() % 40_000
@@ -336,17 +337,19 @@ def become_nobody() -> None:
     os.setresuid(uid, uid, uid)
 
 
-# CLONE_NEW: USER, NET, PID, IPC, UTS, NS
-NAMESPACES = 0x10000000 | 0x40000000 | 0x20000000 | 0x08000000 | 0x04000000 | 0x00020000
+# CLONE_NEW: USER 0x10000000, NET 0x40000000, PID 0x20000000, IPC 0x08000000, UTS 0x04000000 and
+# NS (mounts) 0x00020000
+NAMESPACES = 0x7C020000
 
 
-def enter_namespaces() -> None:
-    uid = os.geteuid()
-    gid = os.getegid()
-    libc.prctl(4, 1, 0, 0, 0)  # dumpable, or the files below are not ours
-    if libc.unshare(NAMESPACES):
-        raise OSError(ctypes.get_errno(), "unshare")
-    maps = {"setgroups": "deny", "uid_map": f"65534 {uid} 1", "gid_map": f"65534 {gid} 1"}
+def enter_namespaces():
+    maps = {
+        "setgroups": "deny",
+        "uid_map": f"65534 {os.geteuid()} 1",
+        "gid_map": f"65534 {os.getegid()} 1",
+    }
+    prctl(4, 1)  # dumpable, or the files below are not ours
+    must(libc.unshare(NAMESPACES) == 0, "unshare")
     for name, text in maps.items():
         with open(f"/proc/self/{name}", "w") as file:
             file.write(text)
@@ -354,13 +357,13 @@ def enter_namespaces() -> None:
     if first:
         os.closerange(0, 3)
         os._exit(os.waitstatus_to_exitcode(os.waitpid(first, 0)[1]) & 255)
-    libc.prctl(1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG
+    prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
-def no_new_privileges() -> None:
-    libc.prctl(4, 0, 0, 0, 0)  # PR_SET_DUMPABLE: no core, no ptrace, /proc/N/* belongs to root
-    if libc.prctl(38, 1, 0, 0, 0):  # PR_SET_NO_NEW_PRIVS, which Landlock and seccomp ask for
-        raise OSError(ctypes.get_errno(), "no_new_privs")
+def no_new_privileges():
+    prctl(4, 0)  # PR_SET_DUMPABLE: no core, no ptrace, /proc/N/* belongs to root
+    # PR_SET_NO_NEW_PRIVS, which Landlock and seccomp ask for
+    must(prctl(38, 1) == 0, "no_new_privs")
 
 
 def works(filter_program: bytes) -> bool:
@@ -375,7 +378,7 @@ def works(filter_program: bytes) -> bool:
         os._exit(1)
 
 
-def import_modules(config: dict) -> dict[str, str]:
+def import_modules(config: dict) -> dict:
     """Everything that the children share. Returns why modules that the pool asked for are
     missing."""
     sys.path += config["path"]
@@ -391,17 +394,17 @@ def import_modules(config: dict) -> dict[str, str]:
     return missing
 
 
-def set_up(config: dict) -> tuple[dict, bytes]:
+def set_up(config: dict):
     """Imports, then the walls that all children share. Returns {"layers": those that stand,
     "missing": why others do not}, and the filter for each child, empty without."""
     off = config["off"]
     layers = []
     missing = import_modules(config)
     libc.mallopt(-8, 1)  # M_ARENA_MAX: each thread's own arena would take 64 MB of address space
-    libc.prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER
+    prctl(36, 1)  # PR_SET_CHILD_SUBREAPER
     os.chdir("/")
 
-    def raise_wall(layer: str, step) -> None:
+    def raise_wall(layer: str, step):
         if layer not in off:
             try:
                 step()
@@ -416,10 +419,10 @@ def set_up(config: dict) -> tuple[dict, bytes]:
     if "rlimits" not in off:  # the rest is different for each job
         layers.append("rlimits")
         limit(NOFILE=64, CORE=0, STACK=100 << 20)
-        version = re.findall(r"\d+", platform.release())
-        namespaces_count = (int(version[0]), int(version[1])) >= (5, 14)
-        if "uid" in layers or ("namespaces" in layers and namespaces_count):
-            limit(NPROC=256)  # else all processes of the user count
+        kernel = [int(part) for part in re.findall(r"\d+", platform.release())]
+        # else all processes of the user count; a namespace has its own count since Linux 5.14
+        if "uid" in layers or ("namespaces" in layers and kernel >= [5, 14]):
+            limit(NPROC=256)
     filter_program = b""
     if "seccomp" not in off:
         if platform.machine() in MACHINES:  # without Landlock nothing may be opened
@@ -443,7 +446,7 @@ class Image(NamedTuple):
     prelude: dict  # names that a submitted function finds
 
 
-def limit(**limits: int) -> None:
+def limit(**limits: int):
     for name, value in limits.items():
         which = getattr(resource, f"RLIMIT_{name}")
         largest = resource.getrlimit(which)[1] % (1 << 64)  # -1 is infinity
@@ -459,19 +462,14 @@ def slurp(descriptor: int) -> bytes:
         return file.read()
 
 
-def take_descriptors(call: bool, given: int, output: int) -> None:
+def take_descriptors(call: bool, given: int, output: int):
     """Standard input and output for a program. A function's result goes to descriptor 3, and it has
     neither. All others are closed."""
     null = 2
-    if call:
-        os.dup2(null, 0)
-        os.dup2(null, 1)
-        os.dup2(output, 3)
-        os.closerange(4, 256)
-    else:
-        os.dup2(given, 0)
-        os.dup2(output, 1)
-        os.closerange(3, 256)
+    kept = [null, null, null, output] if call else [given, output, null]
+    for number, descriptor in enumerate(kept):
+        os.dup2(descriptor, number)
+    os.closerange(len(kept), 256)
 
 
 def find_function(names: dict, name: str):
@@ -489,7 +487,7 @@ def exit_status_of(code: object) -> int:
     return 0 if code is None else 1
 
 
-def flush_everything(names: dict) -> None:
+def flush_everything(names: dict):
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.__stdout__):
         if stream and not stream.closed:
@@ -502,17 +500,14 @@ def flush_everything(names: dict) -> None:
 def child(job: dict, program: int, given: int, output: int, image: Image) -> int:
     """Runs one program in this process, the forked child, and returns its exit status."""
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGCHLD])
-    libc.prctl(1, signal.SIGKILL, 0, 0, 0)
+    prctl(1, signal.SIGKILL)
     os.setsid()
     call = job["kind"] == "call"
     source = slurp(program)
-    arguments = []
-    if call:
-        arguments = json.loads(slurp(os.dup(given)))
+    arguments = json.loads(slurp(os.dup(given))) if call else []
     take_descriptors(call, given, output)
     if "rlimits" in image.layers:
-        seconds = max(1, math.ceil(job["cpu"]))
-        limit(CPU=seconds, AS=job["memory"], FSIZE=job["output"])
+        limit(CPU=max(1, math.ceil(job["cpu"])), AS=job["memory"], FSIZE=job["output"])
     for number in (signal.SIGXFSZ, signal.SIGPIPE):
         signal.signal(number, signal.SIG_DFL)
     main = type(sys)("solution" if call else "__main__")
@@ -560,7 +555,7 @@ def memory_file(count: int = 0) -> int:
     return descriptor
 
 
-def wait_for(pid: int, wall: float) -> tuple[int, resource.struct_rusage, bool]:
+def wait_for(pid: int, wall: float):
     """(status, usage, was it killed for its time?) of a child that has `wall` seconds."""
     deadline = time.monotonic() + wall
     timed_out = False
@@ -577,7 +572,7 @@ def wait_for(pid: int, wall: float) -> tuple[int, resource.struct_rusage, bool]:
             os._exit(0)
 
 
-def kill_strangers() -> None:
+def kill_strangers():
     """In a pid namespace, whoever is left after a child; impossible under seccomp."""
     try:
         os.kill(-1, signal.SIGKILL)
@@ -589,30 +584,28 @@ def kill_strangers() -> None:
 
 def outcome_of(job: dict, status: int, cpu: float, size: int) -> str:
     """Of a child that was not killed for its time; `size` is that of its output."""
-    killed = os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
-    exit_status = os.WEXITSTATUS(status) if os.WIFEXITED(status) else None
-    if killed == signal.SIGXCPU or cpu > job["cpu"]:
+    code = os.waitstatus_to_exitcode(status)
+    if code == -signal.SIGXCPU or cpu > job["cpu"]:
         return "timeout"
-    if killed == signal.SIGXFSZ or size >= job["output"]:
+    if code == -signal.SIGXFSZ or size >= job["output"]:
         return "output"
-    if killed == signal.SIGKILL or exit_status == OUT_OF_MEMORY:
+    if code in (-signal.SIGKILL, OUT_OF_MEMORY):
         return "memory"  # the first: the kernel's out-of-memory killer
-    return "ok" if exit_status == 0 else "crash"
+    return "crash" if code else "ok"
 
 
-def run(job: dict, image: Image) -> tuple[dict, int]:
-    """What came of the program, and the memory file with its output."""
+def run(job: dict, image: Image):
+    """Runs the program, and sends what came of it."""
     program = memory_file(job["program"])
     given = memory_file(job["input"])
     output = memory_file()
     start = time.monotonic()
     pid = os.fork()
     if not pid:
-        exit_status = 1
         try:
-            exit_status = child(job, program, given, output, image)
+            os._exit(child(job, program, given, output, image))
         finally:
-            os._exit(exit_status)
+            os._exit(1)
     os.close(program)
     os.close(given)
     status, usage, timed_out = wait_for(pid, job["wall"])
@@ -626,7 +619,9 @@ def run(job: dict, image: Image) -> tuple[dict, int]:
         "wall": time.monotonic() - start,
         "output": min(size, job["output"]),
     }
-    return result, output
+    send(result)
+    send_file(output, result["output"])
+    os.close(output)
 
 
 # ---------------------------------------------------------------------------------------- protocol
@@ -643,18 +638,17 @@ def read(count: int) -> bytes:
 
 
 def receive() -> dict:
-    (size,) = struct.unpack(">I", read(4))
-    return json.loads(read(size))
+    return json.loads(read(int.from_bytes(read(4), "big")))
 
 
-def send(message: dict) -> None:
+def send(message: dict):
     data = json.dumps(message).encode()
     data = struct.pack(">I", len(data)) + data
     while data:
         data = data[os.write(1, data) :]
 
 
-def send_file(descriptor: int, count: int) -> None:
+def send_file(descriptor: int, count: int):
     sent = 0
     while sent < count:
         moved = os.sendfile(1, descriptor, sent, count - sent)
@@ -663,25 +657,23 @@ def send_file(descriptor: int, count: int) -> None:
         sent += moved
 
 
-def make_streams() -> None:
+def make_streams():
     """Made here, unused here: they know only a number, which is another file in each child."""
-    for number, name in enumerate(("stdin", "stdout", "stderr")):
-        mode, errors = ("w", "backslashreplace") if number else ("r", "replace")
-        stream = open(number, mode, encoding="utf-8", errors=errors, closefd=False)
-        setattr(sys, name, stream)
-        setattr(sys, f"__{name}__", stream)
+    stream = functools.partial(open, encoding="utf-8", closefd=False)
+    sys.stdin = sys.__stdin__ = stream(0, "r", errors="replace")
+    sys.stdout = sys.__stdout__ = stream(1, "w", errors="backslashreplace")
+    sys.stderr = sys.__stderr__ = stream(2, "w", errors="backslashreplace")
 
 
-def main() -> None:
+def main():
     if os.environ.get("PYTHONHASHSEED") != "0":
         # the order of a set of strings is part of a program's result
         command = [sys.executable, "-S", "-s", "-P", __file__]
         os.execve(sys.executable, command, {"PYTHONHASHSEED": "0"})
     os.environ.clear()
-    config = receive()
     # as in the years that the problems come from; time is limited anyway
     sys.set_int_max_str_digits(0)
-    walls, filter_program = set_up(config)
+    walls, filter_program = set_up(receive())
     image = Image(walls["layers"], filter_program, prelude={})
     exec(PRELUDE, image.prelude)
     random.seed(0)
@@ -693,10 +685,7 @@ def main() -> None:
     gc.freeze()  # keeps the collector of the children off the pages that they share
     send(walls)
     while True:
-        result, output = run(receive(), image)
-        send(result)
-        send_file(output, result["output"])
-        os.close(output)
+        run(receive(), image)
 
 
 main()

@@ -290,7 +290,7 @@ def engine(accelerator) -> None:
     micro = [kernels.pack(batch.ids, batch.mask, batch.lengths, rows) for rows in plan]
     with torch.no_grad():
         parts = [(p.index, kernels.policy_forward(policy.model, p, 1.0)[0]) for p in micro]
-    gaps = (kernels.unpack(parts, batch.mask, Ranks()) - batch.sampler_logprobs).abs()
+    gaps = (kernels.unpack(parts, batch.mask, Ranks()) - batch.engine_logprobs).abs()
     gap = gaps.sum().item() / batch.mask.sum().item()
     check("vLLM against the trainer at 1.5B: log-probs, mean error in nats", gap, 0.05)
     sampler.close()
