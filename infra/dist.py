@@ -74,7 +74,7 @@ def start_ranks(bf16: bool, sp: int, replicas: int = 1, patience: float = 120):
     rank = accelerator.process_index
     group = None
     if sp > 1:
-        group, _ = dist.new_subgroups(sp, timeout=timeout)
+        group, _ = dist.new_subgroups(sp, timeout=timeout)  # the one of this rank
     return accelerator, Ranks(rank, world, rank // sp, world // sp, rank % sp, sp, group)
 
 
