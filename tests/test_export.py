@@ -77,18 +77,26 @@ def main(*jobs: str) -> None:
         }
 
     rewards.REWARDS["countdown"] = letters
-    records = rollout.records
+    evaluate, records = ppo.evaluate, rollout.records
     for flags in map(json.loads, jobs):
         args = ppo.parse_args(flags)
 
-        def recorded(step, rows, samples, texts, scored, *more, out=args.out, **numbers):
-            with open(f"{out}.ids.jsonl", "a") as file:
-                file.write(
-                    json.dumps([[row["ids"], s.ids] for row, s in zip(rows, samples)]) + "\n"
-                )
-            return records(step, rows, samples, texts, scored, *more, **numbers)
+        def write(rows, samples, out=args.out):
+            if watchdog.RANK == 0:
+                pairs = [[row["ids"], s.ids] for row, s in zip(rows, samples)]
+                with open(f"{out}.ids.jsonl", "a") as file:
+                    file.write(json.dumps(pairs) + "\n")
 
-        rollout.records = recorded if watchdog.RANK == 0 else records
+        def evaluated(setup, write=write):
+            metrics, answers = evaluate(setup)
+            write(answers.rows, answers.samples)
+            return metrics, answers
+
+        def recorded(step, rows, samples, *more, write=write, **numbers):
+            write(rows, samples)
+            return records(step, rows, samples, *more, **numbers)
+
+        ppo.evaluate, rollout.records = evaluated, recorded
         ppo.train(args)
 
 
