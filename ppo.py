@@ -839,26 +839,28 @@ def load_models(setup: Setup):
     policy_path, critic_path = args.model, args.critic_model or args.model
     if checkpoint:
         policy_path, critic_path = checkpoint / "policy", checkpoint / "critic"
-
-    def options(name: str) -> dict:
-        return {
-            "accelerator": setup.accelerator,
-            "attention": args.attention,
-            "checkpointing": args.gradient_checkpointing,
-            "offload": name in args.offload,
-        }
-
-    policy = models.load_policy(policy_path, kernels.LogprobHead, **options("policy"))
+    policy = load_model("policy", policy_path, args, setup.accelerator)
     setup.policy = Trained(policy, make_optimizer(policy))
     trained = {"policy": setup.policy}
     if args.has_critic:
-        critic = models.load_critic(critic_path, **options("critic"))
+        critic = load_model("critic", critic_path, args, setup.accelerator)
         setup.critic = trained["critic"] = Trained(critic, make_optimizer(critic))
     if args.kl_coef:
-        setup.reference = models.load_policy(
-            args.model, kernels.LogprobHead, trained=False, **options("reference")
-        )
+        setup.reference = load_model("reference", args.model, args, setup.accelerator)
     setup.run.attach(trained, setup.tokenizer)
+
+
+def load_model(name: str, path: str | Path, args: Args, accelerator) -> nn.Module:
+    """The policy, the critic or the reference."""
+    options = {
+        "accelerator": accelerator,
+        "attention": args.attention,
+        "checkpointing": args.gradient_checkpointing,
+        "offload": name in args.offload,
+    }
+    if name == "critic":
+        return models.load_critic(path, **options)
+    return models.load_policy(path, kernels.LogprobHead, trained=name == "policy", **options)
 
 
 def make_optimizer(model: nn.Module):
@@ -869,9 +871,8 @@ def announce(setup: Setup):
     """What will be run, and what was chosen for the user; of a dry run also whether it fits."""
     args = setup.args
     run = setup.run
-    named = {"policy": setup.policy.model, "critic": None, "reference": setup.reference}
-    if setup.critic:
-        named["critic"] = setup.critic.model
+    critic = setup.critic.model if setup.critic else None
+    named = {"policy": setup.policy.model, "critic": critic, "reference": setup.reference}
     setup.made["roofline of a rank"] = flops.roofline().text
     run.say(plan(args, run.ranks, named, setup.made, run.start))
     if args.steps == 0:

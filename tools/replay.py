@@ -24,7 +24,7 @@ from transformers import AutoConfig
 
 import kernels
 import rollout
-from infra import checkpoint, dist, models
+from infra import checkpoint, dist
 from infra.models import Trained
 from infra.guards import not_finite
 
@@ -97,17 +97,8 @@ def do_update(
 
 
 def load(name: str, folder: Path, args: ppo.Args, accelerator) -> Trained:
-    """The model and its optimizer, as ppo.load_models makes them."""
-    options = {
-        "accelerator": accelerator,
-        "attention": args.attention,
-        "checkpointing": args.gradient_checkpointing,
-        "offload": name in args.offload,
-    }
-    if name == "policy":
-        model = models.load_policy(folder / name, kernels.LogprobHead, **options)
-    else:
-        model = models.load_critic(folder / name, **options)
+    """The model and its optimizer, with its moments."""
+    model = ppo.load_model(name, folder / name, args, accelerator)
     trained = Trained(model, ppo.make_optimizer(model))
     checkpoint.load_moments(folder, {name: trained})
     return trained
