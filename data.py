@@ -40,6 +40,7 @@ from typing import Literal, NamedTuple
 
 HERE = Path(__file__).resolve().parent
 Each = tuple[str, ...]  # one for all sources, or one for each
+Rows = list[dict]
 Prompt = str | list[dict]  # text for a base model, or chat messages
 
 
@@ -66,7 +67,7 @@ class Data(NamedTuple):
     """What `load` found; a task is named as in --task."""
 
     train: dict[str, Sequence[dict]]
-    test: dict[str, list[dict]]  # held-out rows
+    test: dict[str, Rows]  # held-out rows
     weights: dict[str, Fraction]  # of each task in a batch
     report: str  # what was kept and what was left out, by source and reason
 
@@ -237,7 +238,7 @@ def countdown_problems(split, seed, sizes, max_number, count):
 
 def countdown(
     split: str, seed: int, template: str, sizes=(3, 4), max_number=99, train=20_000
-) -> list[dict]:
+) -> Rows:
     """`train` distinct problems, or 1,024 for the test split, with numbers in 1..max_number and a
     whole target in 1..100. Solvable by construction: the target is the value of a random
     expression over the numbers."""
@@ -254,7 +255,7 @@ def countdown(
     ]
 
 
-def in_words(task: str, name: str, answers: dict, template: str) -> list[dict]:
+def in_words(task: str, name: str, answers: dict, template: str) -> Rows:
     """Rows out of {question: answer}, asked as the reward of the task needs it."""
     return [
         {
@@ -291,7 +292,7 @@ def gym_problems(name, seed, size):
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def gym(name: str, split: str, seed: int, template: str) -> list[dict]:
+def gym(name: str, split: str, seed: int, template: str) -> Rows:
     """Rows of a reasoning-gym task; the answer is the problem, for its own scorer. Test rows do not
     know the seed."""
     problems = test = gym_problems(name, 0, 256)
@@ -980,7 +981,7 @@ def drawn(total, weights):
 
 def batch(
     rows: dict[str, Sequence], step: int, size: int, seed=0, weights: dict | None = None
-) -> list[dict]:
+) -> Rows:
     """Batch `step` (0, 1, ...) of `size` rows, from each task by its weight; by default a task has
     that of its rows. Every row of a task comes once an epoch of that task; each epoch has its own
     order."""

@@ -40,6 +40,7 @@ class Sample(NamedTuple):
     finished: bool  # the model chose to stop; False: cut at max_new_tokens
 
 
+Samples = list[Sample]
 MOST_TOKENS = 2048  # of a response in samples.jsonl, one by one
 
 
@@ -53,7 +54,7 @@ class Rollout(NamedTuple):
     lengths: list[int]  # B, prompt + response
 
 
-def collate(prompts: Prompts, samples: list[Sample], device: torch.device | str = "cpu") -> Rollout:
+def collate(prompts: Prompts, samples: Samples, device: torch.device | str = "cpu") -> Rollout:
     """One row for each (prompt, sample) pair."""
     ids, mask, logprobs = [], [], []
     for prompt, sample in zip(prompts, samples, strict=True):
@@ -64,7 +65,7 @@ def collate(prompts: Prompts, samples: list[Sample], device: torch.device | str 
     return Rollout(*padded, [len(row) for row in ids])
 
 
-def summary(samples: list[Sample], seconds: float) -> dict[str, float]:
+def summary(samples: Samples, seconds: float) -> dict[str, float]:
     lengths = [len(s.ids) for s in samples]
     return {
         "rollout/length_mean": sum(lengths) / len(lengths),
@@ -92,7 +93,7 @@ def mismatch(trainer: Tensor, engine: Tensor, cap: float) -> dict[str, float]:
 def records(
     step: int,
     rows: list[dict],
-    samples: list[Sample],
+    samples: Samples,
     texts: list[str],
     scored: list[dict],
     count: int | None = None,
@@ -242,7 +243,7 @@ class VLLMSampler:
         temperature: float,
         seed: int,
         progress: bool = False,
-    ) -> list[Sample]:
+    ) -> Samples:
         """n samples of every prompt, neighbours together. Sample j of prompt i has seed
         `seed + i * n + j`, so the answer does not depend on what else is in the batch, on the rank,
         or on anybody's random state."""
@@ -341,7 +342,7 @@ class Engine:
         temperature: float,
         step: int,
         purpose: int,
-    ) -> list[Sample]:
+    ) -> Samples:
         """n samples of at most `limit` tokens for each prompt, on all ranks; each rank asks for its
         share. They are functions of (seed, step, purpose) and a prompt's place alone."""
         ranks = self.ranks
@@ -441,7 +442,7 @@ class TorchSampler:
         temperature: float,
         seed: int,
         progress: bool = False,
-    ) -> list[Sample]:
+    ) -> Samples:
         """As VLLMSampler.sample, with other random numbers for the same seeds."""
         from tqdm import tqdm
 
@@ -454,7 +455,7 @@ class TorchSampler:
             samples += self._decode(chunk, max_new_tokens, temperature)
         return samples
 
-    def _decode(self, jobs, max_new_tokens, temperature) -> list[Sample]:
+    def _decode(self, jobs, max_new_tokens, temperature) -> Samples:
         """One response for each (prompt, seed)."""
         prompts = [torch.tensor(prompt, device=self.device) for prompt, _ in jobs]
         ids = pad_sequence(prompts, batch_first=True, padding_side="left")

@@ -68,6 +68,14 @@ def append(path: Path, text: str):
 # -------------------------------------------------------------------------------- what people read
 
 
+PLAN = (
+    "plan: {args.prompts_per_step} prompts x {args.samples_per_prompt} = {args.batch_size} samples "
+    "a step; {args.ppo_epochs} epochs x {minibatches} minibatches of {args.minibatch} samples; "
+    "micro-batches <= {tokens} tokens on {ranks.rows} x {ranks.sp} ranks; "
+    "steps {start} to {args.steps}\nmade: {made}"
+)
+
+
 def plan(args, ranks, models: dict, made: dict[str, str], start: int) -> str:
     """The batch arithmetic, and what was chosen for the user."""
     made = made | {"engine": f"{args.engine} tp {args.tp}"}
@@ -75,13 +83,13 @@ def plan(args, ranks, models: dict, made: dict[str, str], start: int) -> str:
         made[name] = "none"
         if model:
             made[name] = f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}M"
-    chosen = ", ".join(f"{name} {what}" for name, what in made.items())
-    return (
-        f"plan: {args.prompts_per_step} prompts x {args.samples_per_prompt} = {args.batch_size} "
-        f"samples a step; {args.ppo_epochs} epochs x {args.batch_size // args.minibatch} "
-        f"minibatches of {args.minibatch} samples; micro-batches <= "
-        f"{args.max_tokens_per_microbatch * args.sp} tokens on {ranks.rows} x {ranks.sp} ranks; "
-        f"steps {start} to {args.steps}\nmade: {chosen}"
+    return PLAN.format(
+        args=args,
+        ranks=ranks,
+        start=start,
+        minibatches=args.batch_size // args.minibatch,
+        tokens=args.max_tokens_per_microbatch * args.sp,
+        made=", ".join(f"{name} {what}" for name, what in made.items()),
     )
 
 

@@ -25,6 +25,7 @@ from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
 
+Rows = list[dict]  # of metrics.jsonl or samples.jsonl, or one for each run
 PAGE = Path(__file__).with_name("report.html")
 SAMPLE_BYTES = (
     4_000_000  # in the page, all runs together; more are thinned out evenly over the steps
@@ -213,7 +214,7 @@ def read_config(folder: Path) -> dict:
     return config
 
 
-def read_rows(file: Path) -> list[dict]:
+def read_rows(file: Path) -> Rows:
     """One row a step, in order. What a resumed run wrote again replaces what was there."""
     rows = {}  # by step
     if file.exists():
@@ -223,7 +224,7 @@ def read_rows(file: Path) -> list[dict]:
     return [rows[step] for step in sorted(rows)]
 
 
-def thin(rows: list[dict], points: int) -> dict:
+def thin(rows: Rows, points: int) -> dict:
     """Curves of at most so many points, each the mean of `bucket` neighbouring steps: a power of
     two, so that those of a longer and a shorter run meet. Evaluations are rare and stay as they
     are."""
@@ -271,7 +272,7 @@ def read_samples(file: Path, budget: int):
     return samples, len(starts)
 
 
-def pick(file: Path, starts: list[int], count: int) -> list[dict]:
+def pick(file: Path, starts: list[int], count: int) -> Rows:
     """So many samples, evenly over the file, the first and the last among them."""
     samples = []
     with open(file, "rb") as lines:
@@ -283,7 +284,7 @@ def pick(file: Path, starts: list[int], count: int) -> list[dict]:
     return samples
 
 
-def size_in_page(samples: list[dict]) -> int:
+def size_in_page(samples: Rows) -> int:
     return len(encode(samples).encode())
 
 
@@ -370,7 +371,7 @@ def configuration(config: dict) -> dict:
     return same
 
 
-def group_runs(runs: list[dict]):
+def group_runs(runs: Rows):
     """[{name, runs: places}]: runs that differ in nothing but their seed are one group."""
     groups = {}  # configuration -> places of its runs
     for place, run in enumerate(runs):
@@ -387,7 +388,7 @@ def group_runs(runs: list[dict]):
     return named
 
 
-def filled_sections(runs: list[dict]):
+def filled_sections(runs: Rows):
     """(sections and panels that have something to show, with their keys; keys that are in none)."""
     keys = set().union(*(run["curves"] for run in runs))
     used = {"time/step"}
@@ -426,7 +427,7 @@ def summary(run: dict) -> dict:
     }
 
 
-def differences(configs: list[dict]):
+def differences(configs: Rows):
     """[flag, its value in each configuration] of the flags in which they differ."""
     flags = sorted(set().union(*configs))
     table = [[flag, *(str(config.get(flag)) for config in configs)] for flag in flags]
@@ -446,7 +447,7 @@ def encode(data) -> str:
     return text.encode(errors="replace").decode()  # lone halves of surrogate pairs become ?
 
 
-def build(runs: list[dict], watch: int = 0) -> str:
+def build(runs: Rows, watch: int = 0) -> str:
     """report.html with the data in it; it reloads itself every `watch` seconds. Its policy names
     its own script and style by their hashes and forbids everything else."""
     groups = group_runs(runs)
@@ -488,7 +489,7 @@ def running_means(run: dict, key: str, weight: float):
     return means
 
 
-def band(members: list[dict], key: str, weight: float):
+def band(members: Rows, key: str, weight: float):
     """(step, mean, min, max over the runs) at the steps that all runs with this key have, of
     running means; evaluations as they are."""
     if key.startswith("eval/"):
@@ -503,7 +504,7 @@ def band(members: list[dict], key: str, weight: float):
     return points
 
 
-def draw(runs: list[dict], folder: Path, weight: float) -> list[Path]:
+def draw(runs: Rows, folder: Path, weight: float) -> list[Path]:
     """A PNG for each section. `weight`, 0 to 0.95, is that of the past in running means."""
     folder.mkdir(parents=True, exist_ok=True)
     groups = group_runs(runs)
@@ -518,7 +519,7 @@ def draw(runs: list[dict], folder: Path, weight: float) -> list[Path]:
     return paths
 
 
-def draw_section(section: Section, groups: list[dict], weight: float):
+def draw_section(section: Section, groups: Rows, weight: float):
     from matplotlib.figure import Figure
 
     drawings = []  # (how, panel, the groups in it)
@@ -541,7 +542,7 @@ def draw_section(section: Section, groups: list[dict], weight: float):
     return figure
 
 
-def draw_lines(axis, panel: Panel, groups: list[dict], weight: float):
+def draw_lines(axis, panel: Panel, groups: Rows, weight: float):
     """A colour for each group of runs or, where there is one, for each key; a dash for each key."""
     for g, group in enumerate(groups):
         for k, key in enumerate(panel.keys):
@@ -571,7 +572,7 @@ def draw_lines(axis, panel: Panel, groups: list[dict], weight: float):
             axis.fill_between(steps, least, largest, alpha=0.18, linewidth=0, color=colour)
 
 
-def draw_stack(axis, panel: Panel, groups: list[dict], weight: float):
+def draw_stack(axis, panel: Panel, groups: Rows, weight: float):
     """Of the one group."""
     layers = []  # of each key: step -> mean
     for key in panel.keys:

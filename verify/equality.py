@@ -496,8 +496,10 @@ def too_big(s: str) -> bool:
 # ------------------------------------------------------------------------------------------- rules
 # Each rule takes (gold, answer) and says True, False, or None: "not for me".
 
+Verdict = bool | None
 
-def by_number(gold: str, answer: str) -> bool | None:
+
+def by_number(gold: str, answer: str) -> Verdict:
     g = number(gold)
     a = number(answer)
     if None in (g, a):
@@ -505,7 +507,7 @@ def by_number(gold: str, answer: str) -> bool | None:
     return g == a
 
 
-def by_choice(gold: str, answer: str) -> bool | None:
+def by_choice(gold: str, answer: str) -> Verdict:
     """B is (B) is (B) 12 is 12, but B is not C, nor (B)(C)."""
     g = choice(gold)
     a = choice(answer)
@@ -518,7 +520,7 @@ def by_choice(gold: str, answer: str) -> bool | None:
     return None
 
 
-def by_text(gold: str, answer: str) -> bool | None:
+def by_text(gold: str, answer: str) -> Verdict:
     """Monday is monday; abcd may be a product."""
     g = words(gold)
     a = words(answer)
@@ -536,7 +538,7 @@ MEMBER_OF = re.compile(rf"^(?:{NAME})\\in ?(?=\\\{{|[(\[])")
 SUCH_THAT = re.compile(r"\\mid|\||:|[<>]")
 
 
-def by_members(gold: str, answer: str) -> bool | None:
+def by_members(gold: str, answer: str) -> Verdict:
     """Sets and lists in any order; tuples, points and intervals in theirs, with their brackets."""
     gold = MEMBER_OF.sub("", gold)
     answer = MEMBER_OF.sub("", answer)
@@ -578,7 +580,7 @@ def values_by_name(named: list[str]) -> list[str] | None:
     return [split(member, "=")[-1] for member in named]
 
 
-def by_union(gold: str, answer: str) -> bool | None:
+def by_union(gold: str, answer: str) -> Verdict:
     golds = split(gold, r"\\cup ?")
     answers = split(answer, r"\\cup ?")
     if len(golds) > 1 and in_any_order(golds, answers):
@@ -586,7 +588,7 @@ def by_union(gold: str, answer: str) -> bool | None:
     return None
 
 
-def by_ratio(gold: str, answer: str) -> bool | None:
+def by_ratio(gold: str, answer: str) -> Verdict:
     golds = split(gold, ":")
     answers = split(answer, ":")
     if len(golds) == len(answers) == 1:
@@ -597,7 +599,7 @@ def by_ratio(gold: str, answer: str) -> bool | None:
 EQUALS = r"(?<![\\<>!:])=|\\in(?![a-z]) ?"
 
 
-def by_equation(gold: str, answer: str) -> bool | None:
+def by_equation(gold: str, answer: str) -> Verdict:
     """x=5 is 5, f(x)=2x is 2x, x=1 is not y=1, 10/2=5 is 5; other equations are sympy's."""
     golds = split(gold, EQUALS)
     answers = split(answer, EQUALS)
@@ -627,7 +629,7 @@ def name_before(sides: list[str]) -> str:
     return ""
 
 
-def by_unit(gold: str, answer: str) -> bool | None:
+def by_unit(gold: str, answer: str) -> Verdict:
     """A unit may be missing on one side; two must agree."""
     gold_value, gold_unit = measure(gold)
     answer_value, answer_unit = measure(answer)
@@ -644,7 +646,7 @@ def by_unit(gold: str, answer: str) -> bool | None:
     return same(gold_value, answer_value)
 
 
-def by_base(gold: str, answer: str) -> bool | None:
+def by_base(gold: str, answer: str) -> Verdict:
     """1010_2: digits and base as they are written."""
     in_base = r"\(?([0-9A-F]+)\)?_\{?(\d+|\\text\{[^{}]*\})\}?"
     g = re.fullmatch(in_base, gold)
@@ -658,7 +660,7 @@ def by_base(gold: str, answer: str) -> bool | None:
     return None
 
 
-def by_words(gold: str, answer: str) -> bool | None:
+def by_words(gold: str, answer: str) -> Verdict:
     """A formula with other words or other letters in it is no formula: 5 (maybe 6), R for r."""
     gold_words = words_in(gold)
     answer_words = words_in(answer)
