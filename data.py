@@ -1072,7 +1072,7 @@ def even_rounds(longest_first, lengths, budget, rounds, ranks):
     return bins
 
 
-def plan_summary(lengths: list[int], budget: int, ranks: int = 1) -> dict[str, float]:
+def plan_summary(lengths: list[int], budget: int, ranks: int = 1) -> dict:
     """How full the micro-batches of a plan are, and how much longer than the mean of all ranks'
     costs a pass takes, as every micro-batch lasts as long as the slowest rank's."""
     plan = plan_microbatches(lengths, budget, ranks)

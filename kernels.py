@@ -187,7 +187,7 @@ def packed_attention(
 
 def setup(
     model_type: str, progress: bool, bf16: bool, attention: str = "varlen", liger: bool = True
-) -> dict[str, str]:
+) -> dict:
     """Before any model is made: attn_implementation="varlen" becomes known to transformers (which
     then builds no mask), Liger patches its layers, and no report comes on the value head being new.
     Returns what will be used for what. ValueError: this machine has no kernel for what is asked."""

@@ -766,7 +766,7 @@ class Setup:
     source: data.Data
     accelerator: object
     run: Run
-    made: dict[str, str]  # what was chosen for the user, for the log
+    made: dict  # what was chosen for the user, for the log
     engine: rollout.Engine | None = None
     policy: Trained | None = None
     critic: Trained | None = None
@@ -918,7 +918,7 @@ def answer_and_judge(setup: Setup, *asked, purpose: int) -> Answers:
     return answers
 
 
-def refill(answers: Answers, draw: Callable[[int], Answers], args: Args) -> Answers:
+def refill(answers: Answers, draw: Callable, args: Args) -> Answers:
     """Dynamic sampling (DAPO, arXiv:2503.14476): answers to one prompt that are all rewarded alike
     teach nothing; those to another prompt, of draw(1), draw(2) ... up to `refill` of them, take
     their place. Returns as many as before: first those that teach, each kind in the order it came."""

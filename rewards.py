@@ -477,13 +477,14 @@ def submit(
     return futures
 
 
-def score(*batch, **options) -> Results:
-    """The results of submit(*batch, **options), in the order of the texts; the same for any number
-    of processes."""
-    return [future.result() for future in submit(*batch, **options)]
+def score(
+    texts: list[str], rows: list[dict], finished: list[bool] | None = None, rules: Rules = DEFAULT
+) -> Results:
+    """The results of submit(), in the order of the texts; the same for any number of processes."""
+    return [future.result() for future in submit(texts, rows, finished, rules)]
 
 
-def start(tasks: set[str], rules: Rules = DEFAULT) -> dict[str, str]:
+def start(tasks: set[str], rules: Rules = DEFAULT) -> dict:
     """Starts what the tasks need, so that what is missing shows before the first step: packages,
     walls of the sandbox, a reward. Returns {sandbox: which walls it has}."""
     made = {}
@@ -497,7 +498,7 @@ def start(tasks: set[str], rules: Rules = DEFAULT) -> dict[str, str]:
     return made
 
 
-def summary(scored: Results, tasks: list[str] = ()) -> dict[str, float]:
+def summary(scored: Results, tasks: list[str] = ()) -> dict:
     """Means of "reward" and of every other number in the results, our own failures ("infra") left
     out; the part of the results with each status. Where there are several, reward and share right
     of each of the `tasks` of the results."""
@@ -558,7 +559,7 @@ def majority(row: Results) -> float:
     return 1 / (1 + counts.count(right))
 
 
-def evaluation(scored: Results, k: int, tasks: list[str] = ()) -> dict[str, float]:
+def evaluation(scored: Results, k: int, tasks: list[str] = ()) -> dict:
     """Of k results for each held-out row, neighbours together: the share right (mean@k), pass@n for
     n = 1, 2, 4 ... k, and maj@k where answers can be compared. "infra" is left out. `tasks` as in
     summary()."""

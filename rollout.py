@@ -65,7 +65,7 @@ def collate(prompts: Prompts, samples: Samples, device: torch.device | str = "cp
     return Rollout(*padded, [len(row) for row in ids])
 
 
-def summary(samples: Samples, seconds: float) -> dict[str, float]:
+def summary(samples: Samples, seconds: float) -> dict:
     lengths = [len(s.ids) for s in samples]
     return {
         "rollout/length_mean": sum(lengths) / len(lengths),
@@ -75,7 +75,7 @@ def summary(samples: Samples, seconds: float) -> dict[str, float]:
     }
 
 
-def mismatch(trainer: Tensor, engine: Tensor, cap: float) -> dict[str, float]:
+def mismatch(trainer: Tensor, engine: Tensor, cap: float) -> dict:
     """How far the engine's log-probs of its samples are from the trainer's, both (K,); `cap`
     truncates the ratio, 0 does not."""
     gap = trainer - engine

@@ -39,11 +39,11 @@ Files = dict[str, dict[str, Tensor]]
 # ------------------------------------------------------------------------------- what is written
 
 
-def checkpoint_parts(trained: dict[str, Trained], ranks: Ranks, tokenizer, folder: Path) -> Files:
-    """What this rank writes. Collective. Whole tensors are dealt to the ranks, each to the one that
-    has the least so far. A rank copies its own to the CPU and forgets the others, so that nobody
-    holds a whole model. Rank 0 also writes what makes `folder`/policy and /critic ordinary Hugging
-    Face folders."""
+def checkpoint_parts(trained: dict, ranks: Ranks, tokenizer, folder: Path) -> Files:
+    """What this rank writes of `trained`, name -> Trained. Collective. Whole tensors are dealt to the
+    ranks, each to the one that has the least so far. A rank copies its own to the CPU and forgets
+    the others, so that nobody holds a whole model. Rank 0 also writes what makes `folder`/policy
+    and /critic ordinary Hugging Face folders."""
     mine = defaultdict(dict)
     for name, each in trained.items():
         load = [0] * ranks.world  # numbers of each rank
@@ -66,7 +66,7 @@ def checkpoint_parts(trained: dict[str, Trained], ranks: Ranks, tokenizer, folde
     return mine
 
 
-def whole_tensors(name: str, trained: Trained) -> Iterator[tuple[str, Tensor, str]]:
+def whole_tensors(name: str, trained: Trained) -> Iterator:
     """(key, tensor, stem of its file) of the weights in fp32 and, as PARAMETER.MOMENT, of AdamW's
     state; collective. There is no state before the first step: of the policy, while the critic is
     warmed up."""
@@ -84,7 +84,7 @@ def describe(model, tokenizer, folder: Path):
             part.save_pretrained(folder)
 
 
-def load_moments(folder: Path | None, trained: dict[str, Trained]):
+def load_moments(folder: Path | None, trained: dict):
     """AdamW's moments from `checkpoint_parts`, whoever wrote them, sharded as models are now."""
     if folder is None:
         return

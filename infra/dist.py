@@ -112,7 +112,7 @@ class Meter:
             pair = torch.stack([total, torch.full_like(total, x.numel())])
             self.pairs[prefix + name] = self.pairs.get(prefix + name, 0.0) + pair
 
-    def means(self, ranks: Ranks) -> dict[str, float]:
+    def means(self, ranks: Ranks) -> dict:
         """name -> mean over all ranks, 0 of what has no entries; collective."""
         # every rank has added the same names in the same order; norms of offloaded gradients are on
         # the CPU

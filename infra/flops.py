@@ -78,8 +78,8 @@ def forward_flops(model: nn.Module, fed: list[int], responses: int) -> float:
 
 
 def utilisation(
-    times: list[dict[str, float]], passes: dict[nn.Module, int], fed: list[int], responses: int
-) -> dict[str, float]:
+    times: list[dict], passes: dict[nn.Module, int], fed: list[int], responses: int
+) -> dict:
     """Metrics of one step. `times`: seconds and memory of its phases, of all ranks; `passes`: how
     often each model saw the batch in the update phase.
 

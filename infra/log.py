@@ -76,7 +76,7 @@ PLAN = (
 )
 
 
-def plan(args, ranks, models: dict, made: dict[str, str], start: int) -> str:
+def plan(args, ranks, models: dict, made: dict, start: int) -> str:
     """The batch arithmetic, and what was chosen for the user."""
     made = made | {"engine": f"{args.engine} tp {args.tp}"}
     for name, model in models.items():

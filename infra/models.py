@@ -109,7 +109,7 @@ def reshard(model: nn.Module):
             module.reshard()
 
 
-def full_weights(model: nn.Module, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+def full_weights(model: nn.Module, dtype: torch.dtype) -> Iterator:
     """(Hugging Face name, whole tensor on the device); collective. A tensor is good until the next
     one is asked for: one layer is alive at a time. A tied head comes once, as the embedding. The
     dtype that the model computes in is gathered a layer in one call, cast before it is sent;
