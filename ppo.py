@@ -520,7 +520,8 @@ def compute_logprobs(model: nn.Module, batch: Batch, args: Args, run: Run) -> Te
 
 @torch.no_grad()
 def compute_values(critic: nn.Module, batch: Batch, args: Args, run: Run) -> Tensor:
-    """Of every response token, (B, T) on every rank."""
+    """Of every response token, (B, T) on every rank. The critic reads prompt and response; it is
+    asked, and trained, at the response tokens alone."""
     parts = [
         (p.index, kernels.critic_forward(critic, p, run.ranks.sp_group))
         for p in microbatches(batch, range(len(batch.rows)), args, run)
@@ -743,7 +744,8 @@ MAX_GRAD_NORM = 1.0
 
 
 def take_step(name: str, trained: Trained, lr: float, batch: Batch, chosen: list[int], run: Run):
-    """Clips and steps, unless the gradient is not finite: then the run ends."""
+    """Clips the gradient over all ranks to MAX_GRAD_NORM and steps, unless it is not finite: then the
+    run ends."""
     norm = models.optimizer_step(trained, lr, MAX_GRAD_NORM)
     run.meter.add(f"{name}/", grad_norm=norm)
     update = {"model": name, "chosen": list(chosen), "lr": lr}
