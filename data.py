@@ -40,7 +40,6 @@ from typing import Literal, NamedTuple
 
 HERE = Path(__file__).resolve().parent
 Each = tuple[str, ...]  # one for all sources, or one for each
-Rows = list[dict]
 Prompt = str | list[dict]  # text for a base model, or chat messages
 
 
@@ -67,7 +66,7 @@ class Data(NamedTuple):
     """What `load` found; a task is named as in --task."""
 
     train: dict[str, Sequence[dict]]
-    test: dict[str, Rows]  # held-out rows
+    test: dict[str, list[dict]]  # held-out rows
     weights: dict[str, Fraction]  # of each task in a batch
     report: str  # what was kept and what was left out, by source and reason
 
@@ -238,7 +237,7 @@ def countdown_problems(split, seed, sizes, max_number, count):
 
 def countdown(
     split: str, seed: int, template: str, sizes=(3, 4), max_number=99, train=20_000
-) -> Rows:
+) -> list[dict]:
     """`train` distinct problems, or 1,024 for the test split, with numbers in 1..max_number and a
     whole target in 1..100. Solvable by construction: the target is the value of a random
     expression over the numbers."""
@@ -255,7 +254,7 @@ def countdown(
     ]
 
 
-def in_words(task: str, name: str, answers: dict, template: str) -> Rows:
+def in_words(task: str, name: str, answers: dict, template: str) -> list[dict]:
     """Rows out of {question: answer}, asked as the reward of the task needs it."""
     return [
         {
@@ -292,7 +291,7 @@ def gym_problems(name, seed, size):
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def gym(name: str, split: str, seed: int, template: str) -> Rows:
+def gym(name: str, split: str, seed: int, template: str) -> list[dict]:
     """Rows of a reasoning-gym task; the answer is the problem, for its own scorer. Test rows do not
     know the seed."""
     problems = test = gym_problems(name, 0, 256)
@@ -391,7 +390,7 @@ ANSWERS = {"math": math_answer, "code": code_answer, "countdown": countdown_answ
 # task -> hub id that is read without --data; the others need one, or are made by rule (TASKS)
 DEFAULTS = {"math": "PRIME-RL/Eurus-2-RL-Data", "code": "PRIME-RL/Eurus-2-RL-Data"}
 
-# -------------------------------------------------------------------- ------- the published schemas
+# --------------------------------------------------------------------------- the published schemas
 
 
 class Place(NamedTuple):
@@ -981,7 +980,7 @@ def drawn(total, weights):
 
 def batch(
     rows: dict[str, Sequence], step: int, size: int, seed=0, weights: dict | None = None
-) -> Rows:
+) -> list[dict]:
     """Batch `step` (0, 1, ...) of `size` rows, from each task by its weight; by default a task has
     that of its rows. Every row of a task comes once an epoch of that task; each epoch has its own
     order."""
