@@ -254,7 +254,7 @@ def check(args: Args, world: int, only_plan: bool = False) -> list[PretrainedCon
     return configs
 
 
-POSITIVE = (  # where they are given
+POSITIVE = (  # or not given
     "prompts_per_step",
     "samples_per_prompt",
     "max_new_tokens",

@@ -2,7 +2,8 @@
 
 Owns: finding the answer in a response, judging it, and saying why (`status`): countdown, math,
 code, reasoning-gym.
-Refuses to know: tokens, models, torch, where the row came from, processes.
+Refuses to know: tokens, models, torch, where the row came from, processes, and what becomes of a
+verdict (`add_scores` in ppo.py: a sample that our side failed to judge, "infra", leaves the loss).
 Left out on purpose: `eval` and every other way to run model text in this process. Rewards are the
 part of RL that gets attacked. What a few lines can decide exactly is decided here; sympy and
 programs run in verify/sandbox.py, in a process that never saw the expected output of a program,
@@ -13,7 +14,7 @@ text, a row is ours: bad text never raises, and a bad row always does (KeyError,
 of scoring 0 for ever.
 
 A new reward is one function (text, row, rules) -> {"reward", "correct", "status", ...} and one
-entry in REWARDS, which stands below the four that are here.
+entry in REWARDS, which stands below the four that are here. Its rows are made in data.py.
 """
 
 import ast

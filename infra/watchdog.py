@@ -1,7 +1,7 @@
 """How a run ends when it does not end by itself: signals, hangs, dead ranks, memory that runs out.
 
-Owns: where this process is (`NOW`), the thread that tells the other ranks, and the ends that are
-not ordered.
+Owns: where this process is (`NOW`), the thread that tells the other ranks, the ends that are not
+ordered, and the note of a signal that asks for an ordered one (`train` and Run.close make it).
 Refuses to know: checkpoints, metrics, what a step does.
 """
 
