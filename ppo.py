@@ -1046,7 +1046,7 @@ def train(args: Args) -> list[dict]:
     if args.steps == 0:
         return dry_run(setup)
     if args.eval_every and run.start == 0:
-        metrics, _ = evaluate(setup)
+        metrics = evaluate(setup)[0]
         run.log({"step": 0, **metrics})
         run.say(
             f"step    0/{args.steps} | eval {metrics['eval/correct']:.3f} "

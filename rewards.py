@@ -93,9 +93,9 @@ def evaluate(expression: str) -> tuple | None:
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return None  # the last two are how the parser says "too deep"
     nodes = list(ast.walk(tree))
-    if set(map(type, nodes)) - {ast.BinOp, ast.Constant, *OPERATORS}:
-        return None
     used = [node.value for node in nodes if isinstance(node, ast.Constant)]
+    if set(map(type, nodes + used)) - {int, ast.BinOp, ast.Constant, *OPERATORS}:
+        return None
     try:
         return value_of(tree), used
     except ZeroDivisionError:
@@ -472,9 +472,11 @@ def submit(
     futures = []
     for i, (text, row) in enumerate(zip(texts, rows)):
         if finished and not finished[i]:
-            futures.append(pool.submit(verdict, "no_answer"))
+            future = Future()
+            future.set_result(verdict("no_answer"))
         else:
-            futures.append(pool.submit(judge, text, row, rules))
+            future = pool.submit(judge, text, row, rules)
+        futures.append(future)
     return futures
 
 

@@ -54,7 +54,7 @@ class Rollout(NamedTuple):
     lengths: list[int]  # B, prompt + response
 
 
-def collate(prompts: Prompts, samples: Samples, device: torch.device | str = "cpu") -> Rollout:
+def collate(prompts: Prompts, samples: Samples, device="cpu") -> Rollout:
     """One row for each (prompt, sample) pair."""
     ids, mask, logprobs = [], [], []
     for prompt, sample in zip(prompts, samples, strict=True):
@@ -414,7 +414,7 @@ class TorchSampler:
         max_len: int,
         max_seqs: int = 256,
         dtype: str = "auto",
-        stop: tuple[str, ...] = (),
+        stop=(),
     ):
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -431,26 +431,30 @@ class TorchSampler:
         self.max_len = max_len
         self.max_seqs = max_seqs
         self.stop = stop
+        # tokens that hold any of them: a token is at least a byte, a character at most four
+        self.ending = 4 * max(map(len, stop), default=0) + 4
         self.tokenizer = AutoTokenizer.from_pretrained(path) if stop else None
 
     @torch.no_grad()
     def sample(
         self,
-        prompts: Prompts,
-        n: int,
-        max_new_tokens: int,
-        temperature: float,
-        seed: int,
-        progress: bool = False,
-    ) -> Samples:
+        prompts,
+        n,
+        max_new_tokens,
+        temperature,
+        seed,
+        progress=False,
+    ):
         """As VLLMSampler.sample, with other random numbers for the same seeds."""
-        from tqdm import tqdm
-
         self.wake()
         jobs = [(ids, seed + i * n + j) for i, ids in enumerate(prompts) for j in range(n)]
         starts = range(0, len(jobs), self.max_seqs)
+        if progress:
+            from tqdm import tqdm
+
+            starts = tqdm(starts, "sampling", leave=False)
         samples = []
-        for start in tqdm(starts, "sampling", leave=False, disable=not progress):
+        for start in starts:
             chunk = jobs[start : start + self.max_seqs]
             samples += self._decode(chunk, max_new_tokens, temperature)
         return samples
@@ -469,8 +473,7 @@ class TorchSampler:
 
         cache = None
         done = torch.zeros(len(jobs), dtype=torch.bool, device=self.device)
-        tokens = ids[:, :0]  # (B, t): none yet, and as many log-probs
-        logprobs = tokens.float()
+        tokens, logprobs = [], []  # of each step, (B, 1)
         for t in range(max(limits)):
             position = (real.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
             out = self.model(
@@ -488,16 +491,18 @@ class TorchSampler:
                 ids = _draw(logp, draws[:, t, None])
             else:
                 ids = logp.argmax(-1, keepdim=True)
-            tokens = torch.cat([tokens, ids], dim=1)
-            logprobs = torch.cat([logprobs, logp.gather(1, ids)], dim=1)
+            tokens.append(ids)
+            logprobs.append(logp.gather(1, ids))
             real = torch.cat([real, torch.ones_like(ids)], dim=1)
             done |= torch.isin(ids[:, 0], self.eos_ids)
             if self.stop:
+                recent = torch.cat(tokens[-self.ending :], dim=1).tolist()
                 for b in (~done).nonzero()[:, 0].tolist():
-                    done[b] = self._stops(tokens[b].tolist())
+                    done[b] = self._stops(recent[b])
             if done.all():
                 break
-        return list(map(self._cut, tokens.tolist(), logprobs.tolist(), limits))
+        drawn = [torch.cat(columns, dim=1).tolist() for columns in (tokens, logprobs)]
+        return list(map(self._cut, *drawn, limits))
 
     def _cut(self, tokens, logprobs, limit) -> Sample:
         """What comes after the end of a response is not part of it."""
@@ -511,9 +516,7 @@ class TorchSampler:
         """Do these tokens complete one of the texts that end a response?"""
         if not self.stop:
             return False
-        longest = max(map(len, self.stop))
-        # a token is at least a byte, a character at most four
-        ending = self.tokenizer.decode(ids[-4 * longest - 4 :])
+        ending = self.tokenizer.decode(ids[-self.ending :])
         return any(text in ending for text in self.stop)
 
     @torch.no_grad()
@@ -552,7 +555,7 @@ def make_sampler(
     gpu_memory: float = 0.6,
     seed: int = 0,
     **both,
-) -> VLLMSampler | TorchSampler:
+):
     """`both` is what either engine takes: max_len, max_seqs, dtype, stop."""
     gc.collect()  # one that failed before may still hold memory, in cycles
     if engine == "vllm":

@@ -72,6 +72,7 @@ def whole_tensors(name: str, trained: Trained) -> Iterator:
     warmed up."""
     for key, tensor in full_weights(trained.model, torch.float32):
         yield key, tensor, f"{name}/model"
+        del tensor  # or the last one, the head, would stay on the card beside the moments
     for key, p in trained.model.named_parameters():
         for moment, x in trained.optimizer.state.get(p, {}).items():
             yield f"{key}.{moment}", gathered(x), f"{name}.optimizer"

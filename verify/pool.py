@@ -138,7 +138,7 @@ class Server:
         data = memoryview(len(text).to_bytes(4, "big") + text + b"".join(bodies))
         while data:
             wait_for(pipe, select.POLLOUT, deadline)
-            data = data[pipe.write(data) :]
+            data = data[pipe.write(data) or 0 :]  # None: the pipe was full after all
 
     def read(self, count: int, deadline: float) -> bytes:
         data = bytearray()
