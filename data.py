@@ -145,7 +145,7 @@ def encode(prompts: list[Prompt], tokenizer) -> list[list[int]]:
                 prompt,
                 add_generation_prompt=True,
                 tokenize=False,
-                date_string="26 Jul 2024",  # of today in Llama's: tomorrow's rows would differ
+                date_string="26 Jul 2024",  # or Llama's template says today's, and rows differ each day
             )
         except Exception as error:  # jinja's, and those that templates raise
             raise ValueError(

@@ -56,8 +56,9 @@ def pack(
     if spare:
         fed.append(spare)
     positions = [torch.arange(count, device=device) for count in fed]
-    # Where the token that a slot predicts stands in a flattened (B, T_max). 0, the first token of
-    # all, is predicted nowhere: it means that the slot has no target.
+    # Where the token that a slot predicts stands in a flattened (B, T_max); the token that the slot
+    # reads is the one before it. 0, the first token of all, is predicted nowhere: it means that the
+    # slot has no target, and reads a 0.
     places = [b * ids.shape[1] + 1 + position for b, position in zip(rows, positions)]
     places.append(torch.zeros(spare, dtype=torch.long, device=device))
 

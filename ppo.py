@@ -744,8 +744,8 @@ MAX_GRAD_NORM = 1.0
 
 
 def take_step(name: str, trained: Trained, lr: float, batch: Batch, chosen: list[int], run: Run):
-    """Clips the gradient over all ranks to MAX_GRAD_NORM and steps, unless it is not finite: then the
-    run ends."""
+    """Clips the gradient over all ranks to MAX_GRAD_NORM and steps. A gradient that is not finite
+    ends the run instead."""
     norm = models.optimizer_step(trained, lr, MAX_GRAD_NORM)
     run.meter.add(f"{name}/", grad_norm=norm)
     update = {"model": name, "chosen": list(chosen), "lr": lr}
@@ -886,8 +886,8 @@ def announce(setup: Setup):
 def answer(
     setup: Setup, rows: list[dict], n: int, temperature: float, step: int, purpose: int
 ) -> Answers:
-    """n answers to each row's prompt. They are functions of (seed, step, purpose). Purposes are 0: of
-    the step, 1: of an evaluation, 2: of the canary, 3 to 7: of refills."""
+    """n answers to each row's prompt. They are functions of (seed, step, purpose). Purposes are
+    0: of the step, 1: of an evaluation, 2: of the canary, 3 to 7: of refills."""
     prompts = [row["ids"] for row in rows]
     limit = setup.args.max_new_tokens
     samples = setup.engine.ask(prompts, n, limit, temperature, step, purpose)
@@ -913,7 +913,7 @@ def collect(pending: list, ranks: dist.Ranks) -> list[dict]:
 
 
 def answer_and_judge(setup: Setup, *asked, purpose: int) -> Answers:
-    """As `answer` does; waits for the verdicts."""
+    """`answer`, for its rows, n, temperature and step; then waits for the verdicts."""
     answers = answer(setup, *asked, purpose)
     ranks = setup.run.ranks
     answers.scored = collect(submit(answers, setup.args, ranks), ranks)

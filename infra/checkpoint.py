@@ -40,10 +40,10 @@ Files = dict[str, dict[str, Tensor]]
 
 
 def checkpoint_parts(trained: dict, ranks: Ranks, tokenizer, folder: Path) -> Files:
-    """What this rank writes of `trained`, name -> Trained. Collective. Whole tensors are dealt to the
-    ranks, each to the one that has the least so far. A rank copies its own to the CPU and forgets
-    the others, so that nobody holds a whole model. Rank 0 also writes what makes `folder`/policy
-    and /critic ordinary Hugging Face folders."""
+    """What this rank writes of `trained`, name -> Trained. Collective. Whole tensors are dealt to
+    the ranks, each to the one that has the least so far. A rank copies its own to the CPU and
+    forgets the others, so that nobody holds a whole model. Rank 0 also writes what makes
+    `folder`/policy and /critic ordinary Hugging Face folders."""
     mine = defaultdict(dict)
     for name, each in trained.items():
         load = [0] * ranks.world  # numbers of each rank

@@ -1,8 +1,8 @@
 """When numbers have gone so bad that the run warns, or ends.
 
 Owns: what is told of a number that is not finite, and the table of metrics with their limits.
-Refuses to know: what is saved then (infra/run.py), hangs and signals (infra/watchdog.py), whether the
-engine has the new weights (the canary of `sync` in ppo.py).
+Refuses to know: what is saved then (infra/run.py), hangs and signals (infra/watchdog.py), whether
+the engine has the new weights (the canary of `sync` in ppo.py).
 """
 
 import torch

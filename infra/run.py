@@ -173,8 +173,8 @@ class Run:
         return bool(self.stopped)
 
     def warn_if_diverging(self, row: dict, young: bool):
-        """By GUARDS: warns about a step's metrics, at the 1st, 10th, 20th ... time in a row. RuntimeError,
-        and the weights aside, when it has gone on for too long. Alike on all ranks."""
+        """By GUARDS: warns about a step's metrics, at the 1st, 10th, 20th ... time in a row.
+        RuntimeError, and the weights aside, when it has gone on for too long. Alike on all ranks."""
         for text, streak, limit in guards.bad_metrics(row, self.streaks, young):
             if streak >= limit:
                 aside = f"stopped_step_{row['step']}"

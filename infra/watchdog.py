@@ -148,7 +148,7 @@ class Watch(threading.Thread):
         self.start()
 
     def run(self):
-        pause = min(1.0, NOW.limit / 8) or 1.0  # seconds
+        pause = min(1.0, NOW.limit / 8) or 1.0  # seconds; without a limit, 1
         while not self.ended.wait(pause):
             try:
                 self.meet_the_others()

@@ -3,9 +3,9 @@ behind several walls.
 
 verify/pool.py starts it as `python -I -S sandbox.py` with an empty environment; nobody imports it;
 standard library only.
-Owns: what a hostile program can reach. Refuses to know: expected outputs, scores, rows, and how many
-seconds and bytes a program gets: they come with it (TEST_SECONDS in rewards.py, MEMORY in pool.py).
-It never runs a program itself.
+Owns: what a hostile program can reach.
+Refuses to know: expected outputs, scores, rows, and how many seconds and bytes a program gets: they
+come with it (TEST_SECONDS in rewards.py, MEMORY in pool.py). It never runs a program itself.
 
 Every child starts from the same image: the usual modules imported, no environment, no descriptors
 but its input and its output (memory files: nothing blocks on a pipe, a flood ends at a size), hash
