@@ -1,5 +1,5 @@
-"""python tests/soak_run.py FOLDER [STEPS [WORLD ...]] [--engine vllm]: a long run of a tiny task,
-watched from outside.
+"""python tools/bench/soak_run.py FOLDER [STEPS [WORLD ...]] [--engine vllm]: a long run of a tiny
+task, watched from outside.
 
 Trains the toy of tests/toy.py (with vLLM: Countdown on a tiny model) for STEPS (1,000) steps on 1
 process, then on 2 ranks, with checkpoints every 50 steps and evaluations every 100. Prints what
@@ -12,15 +12,23 @@ import ctypes
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
 from statistics import mean
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+import ppo  # noqa: E402, I001  (first: the guard for the name `kernels`)
+
+import data  # noqa: E402
+import launch  # noqa: E402
+import rewards  # noqa: E402
+import toy  # noqa: E402
+from infra import guards, run, watchdog  # noqa: E402
+
 COUNTS = ("descriptors", "threads", "processes")
+PR_SET_CHILD_SUBREAPER = 36  # prctl
 TOY = [
     "--prompts_per_step",
     "16",
@@ -89,13 +97,6 @@ def state() -> dict[str, float]:
 def worker(out: str, flags: list[str]) -> None:
     """One rank: the run, with a look at the process after every step, where train asks for
     warnings."""
-    import toy
-
-    import data
-    import ppo
-    import rewards
-    from infra import guards, run, watchdog
-
     data.TASKS["toy"], rewards.REWARDS["toy"] = toy.load_toy, toy.toy
     ask = run.Run.warn_if_diverging
     guards.GUARDS.clear()  # what is learnt is not the question: once the toy is solved all rewards are equal
@@ -118,64 +119,51 @@ def worker(out: str, flags: list[str]) -> None:
     ppo.train(ppo.parse_args(["--out", out, *flags]))
 
 
-def grown(rows: list[dict], young: int) -> list[str]:
-    """What grew after step `young`: means and highest counts of the steps just before it against
-    those of the last."""
+def grown(rows: list[dict], young: int, limit: float) -> list[str]:
+    """What grew after step `young`: means of the steps just before it against those of the last.
+    Of counts the least of those steps: a save that goes on at one of the looks has a file open."""
     size = max(10, young // 5)
     first, last, found = rows[young - size : young], rows[-size:], []
     before, after = (mean(row["rss_mb"] for row in part) for part in (first, last))
-    if after >= 1.05 * before:
+    if after >= (1 + limit) * before:
         found.append(f"memory: {before:.1f} -> {after:.1f} MB")
     for name in COUNTS:
-        most = [max(row[name] for row in part) for part in (rows[:young], last)]
-        if most[1] > most[0]:
-            found.append(f"{name}: {most[0]} -> {most[1]}")
+        before, after = (min(row[name] for row in part) for part in (first, last))
+        if after > before:
+            found.append(f"{name}: {before} -> {after}")
     return found
 
 
 def soak(
-    out: Path, world: int, flags: list[str], young: int, seconds: float
+    out: Path, world: int, flags: list[str], young: int, seconds: float, limit: float = 0.05
 ) -> tuple[list[list[dict]], list[str]]:
     """Runs it and looks at what is left. Returns what each rank recorded, a row a step, and what is
     wrong."""
     adopt = ctypes.CDLL(None).prctl
-    adopt(
-        36, 1, 0, 0, 0
-    )  # PR_SET_CHILD_SUBREAPER: whoever loses its parent becomes a child of ours
+    launch.server()
+    adopt(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)  # whoever loses its parent becomes a child of ours
     mine = set(below(os.getpid()))
-    torchrun = (
-        ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(world)]
-        if world > 1
-        else []
-    )
-    command = [sys.executable, *torchrun, __file__, "--worker", str(out), *map(str, flags)]
-    with open(f"{out}.said", "w") as said:  # no pipe: a process that is left would keep it open
-        run = subprocess.run(command, cwd=ROOT, timeout=seconds, stdout=said)
-    ranks = [
-        [json.loads(line) for line in open(f"{out}.rank{rank}.jsonl")] for rank in range(world)
-    ]
-    wrong = [
-        f"rank {rank}: {text}" for rank, rows in enumerate(ranks) for text in grown(rows, young)
-    ]
-    if run.returncode:
-        wrong.append(
-            f"the run ended with {run.returncode}: {Path(f'{out}.said').read_text()[-2000:]}"
-        )
-    deadline = time.monotonic() + 5  # for those that are about to end
-    while (
-        left := [pid for pid in below(os.getpid()) if pid not in mine]
-    ) and time.monotonic() < deadline:
+    command = [Path(__file__), "--worker", out, *flags]
+    ended = launch.run(*command, ranks=world, seconds=seconds, log=Path(f"{out}.said"))
+    wrong = []
+    deadline = time.monotonic() + 60  # for those that are about to end
+    left = [pid for pid in below(os.getpid()) if pid not in mine]
+    while left and time.monotonic() < deadline:
         time.sleep(0.1)
+        left = [pid for pid in below(os.getpid()) if pid not in mine]
     for pid in left:
         wrong.append(f"process {pid} is left: {Path(f'/proc/{pid}/cmdline').read_text()!r}")
         os.kill(pid, signal.SIGKILL)
-    adopt(36, 0, 0, 0, 0)
+    adopt(PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0)
+    if ended.code != 0:
+        return [], [*wrong, f"the run ended with {ended.code}: {ended.said[-2000:]}"]
+    ranks = [launch.read_lines(Path(f"{out}.rank{rank}.jsonl")) for rank in range(world)]
+    for rank, rows in enumerate(ranks):
+        wrong += [f"rank {rank}: {text}" for text in grown(rows, young, limit)]
     return ranks, wrong
 
 
 def toy_flags(folder: Path, steps: int, model: str | None = None) -> list[str]:
-    import toy
-
     if not model:
         toy.make_model(model := str(folder / "toy"))
     # those of toy.run, in which the flags of TOY stand last

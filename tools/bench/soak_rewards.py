@@ -1,5 +1,6 @@
-"""python tests/soak.py [SAMPLES]: a long run of the verifiers, with 5 % attacks and processes
-killed at random.
+"""A long run of the verifiers, with 5 % attacks and processes killed at random.
+
+    python tools/bench/soak_rewards.py [SAMPLES]
 
 Prints what must stay flat (memory, descriptors, processes, zombies) every 2,000 samples and exits
 with 1 when a result changed, a process stayed or something grew. 20,000 samples take about 5
@@ -15,7 +16,8 @@ import threading
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import attacks  # noqa: E402
 from bench_rewards import answers, programs  # noqa: E402
 
@@ -103,10 +105,9 @@ def main(samples: int) -> int:
                     flush=True,
                 )
         stop.set()
-        (
-            rewards.score(*answers(40)),
-            rewards.score(*programs(40)),
-        )  # the last killed ones are replaced
+        # the last killed ones are replaced
+        rewards.score(*answers(40))
+        rewards.score(*programs(40))
         leftovers = field.leftovers()
     last = state()
     print("last", last)

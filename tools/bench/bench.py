@@ -1,4 +1,6 @@
-"""How much faster, how much smaller? python tests/bench.py [packed logprob trl sampling sync scaling]: Markdown tables.
+"""How much faster, how much smaller? Markdown tables of
+
+    python tools/bench/bench.py [packed logprob trl sampling sync scaling]
 
 Every number that matters is a ratio of two things that were measured in turn, A B A B, in one run: machines are noisy,
 and a time of today says nothing about a time of yesterday. Behind each median stand the least and the largest ratio.
@@ -21,7 +23,7 @@ from collections.abc import Callable
 from datetime import date
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 os.environ |= {"HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore", "OMP_WAIT_POLICY": "PASSIVE"}
 os.environ |= {"VLLM_LOGGING_LEVEL": "ERROR", "TORCH_CPP_LOG_LEVEL": "ERROR"}
 os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -1,4 +1,4 @@
-"""python tests/science.py FOLDER [WAY ...]: which choices matter, on the Countdown run of
+"""python tools/bench/science.py FOLDER [WAY ...]: which choices matter, on the Countdown run of
 run_cpu.sh, over three seeds.
 
 Every way is one process of ppo.py with the flags of run_cpu.sh, 30 steps (some 20) of 512 samples,
@@ -19,7 +19,10 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from planted import ROOT, Bug, plant
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "tests"))
+from planted import Bug, plant  # noqa: E402
 
 SEEDS, STEPS, FEWER = (0, 1, 2), 30, 20
 FLAGS = """

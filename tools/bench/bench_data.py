@@ -1,4 +1,4 @@
-"""python tests/bench_data.py [--rows 480000]: seconds and memory to load a dataset like Eurus-2-RL-Data.
+"""python tools/bench/bench_data.py [--rows 480000]: seconds and memory to load a dataset like Eurus-2-RL-Data.
 
 Writes made-up rows in the published schema (455 of 482 math, the others code with 60 KB of tests each), trains a
 tokenizer of 30,000 merges on them, and loads them twice in a process of their own. Limits: 180 s, 4 GB, on two cores.
@@ -16,8 +16,8 @@ import time
 from itertools import accumulate
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import ppo  # noqa: E402, F401, I001  (first: the guard for the name `kernels`)
 
 import numpy as np  # noqa: E402

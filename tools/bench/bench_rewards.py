@@ -1,7 +1,8 @@
-"""How fast are the verifiers? python tests/bench_rewards.py: ratios of things measured in the same run.
+"""How fast are the verifiers? python tools/bench/bench_rewards.py: ratios of things measured in the
+same run.
 
-1. programs: five tests each, against one fresh interpreter per test, one after the other as a plain loop runs them,
-   and as many at a time as there are cores.
+1. programs: five tests each, against one fresh interpreter per test, one after the other as a plain
+   loop runs them, and as many at a time as there are cores.
 2. math: 1,000 ordinary answers with the processes warm.
 3. hanging: a batch of 256 with 10 % of programs that never end, against the others alone.
 """
@@ -15,7 +16,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import rewards  # noqa: E402
 from verify import pool  # noqa: E402
 
@@ -100,10 +101,9 @@ def fresh(rows: list[dict], at_a_time: int) -> float:
 def main() -> dict[str, float]:
     rewards.TEST_SECONDS = SECONDS
     rewards.start({"math", "code"})
-    (
-        rewards.score(*answers(40)),
-        rewards.score(*programs(20)),
-    )  # every worker has started its servers
+    # every worker starts its servers
+    rewards.score(*answers(40))
+    rewards.score(*programs(20))
     ours, loop, theirs = [], [], []
     for _ in range(5):
         ours.append(seconds(*programs(40))[1] / 200)
@@ -118,7 +118,8 @@ def main() -> dict[str, float]:
     for _ in range(3):
         alone.append(seconds(*map(list, zip(*honest)))[0])
         quick, all_of_it = seconds(mixed, rows)
-        others.append(quick), whole.append(all_of_it)
+        others.append(quick)
+        whole.append(all_of_it)
     hanging, workers = len(texts) - len(honest), pool.default_workers()
     waves = -(-hanging // workers)
     result = {
