@@ -45,20 +45,29 @@ Prompt = str | list[dict]  # text for a base model, or chat messages
 
 @dataclass
 class Source:
-    """which prompts, and how they are worded"""
+    """which questions are asked, and how they are worded"""
 
-    # NAME[:WEIGHT],...: countdown, countdown3, math, code, rg:NAME (of reasoning-gym)
+    # countdown, countdown3, math, code or rg:NAME (any task of reasoning-gym); several with commas,
+    # and with weights, as in math:0.8,code:0.2
     task: str = "countdown"
-    # file, folder or hub id: one for all tasks, or one for each that reads files; so the next five
+    # file, folder or hub id with rows: one for all tasks, or one for each that reads files; without
+    # it, countdown and rg are made by rule, math and code are read from PRIME-RL/Eurus-2-RL-Data
     data: Each = ()
-    prompt_column: Each = ()  # with the question; without it, or as "", the usual names
-    answer_column: Each = ()  # with the answer, or a solution that ends with it
-    train_split: Each = ()  # the split to train on, by default train
-    test_split: Each = ()  # the split to evaluate on, or a file with its rows
-    data_config: Each = ()  # of a dataset of the hub that has several
-    template: Literal["base", "chat"] = "base"  # text for base models, messages for instruct models
-    system_prompt: str = "drop"  # of a dataset: drop, keep, or the text to use instead
-    # with the template; longer ones in files are left out, longer ones made by rule are an error
+    # column of the question, one for all --data or one for each; without it: prompt, question, ...
+    prompt_column: Each = ()
+    # column of the answer, or of a solution that ends with it; without it: answer, solution, ...
+    answer_column: Each = ()
+    train_split: Each = ()  # split of --data to train on; without it: train
+    # split of --data, or a file, with the held-out rows; without it: test, validation, or one
+    # question in fifty of the training split
+    test_split: Each = ()
+    data_config: Each = ()  # configuration of a hub dataset that has several, as main of gsm8k
+    # base: the question as plain text, for base models; chat: as a message, for instruct models
+    template: Literal["base", "chat"] = "base"
+    # system prompt of a dataset: drop it, keep it, or the text to use in its place
+    system_prompt: str = "drop"
+    # tokens of a prompt at most, template included; longer rows of --data are left out, longer ones
+    # that are made by rule are an error
     max_prompt_tokens: int = 1000
 
 
@@ -1107,10 +1116,14 @@ GENERATED = Source(",".join(TASKS))
 
 
 def look(source: Source = GENERATED, show: int = 3, model: str = "", out: str = ""):
-    """What is kept of files and left out, and the first `show` rows of each task as a run would
-    feed them. `model`: a folder whose tokenizer applies the template and counts; rows made by rule
-    are shown without, too. OUT gets the rows of files that are kept, in the published schema, as
-    train.parquet and validation.parquet, for --data OUT."""
+    """What is kept of files and left out, and the first rows of each task: the question as a run
+    would feed it, and the answer that its reward looks for.
+
+    Args:
+        show: rows of each task that are shown, 0 or more.
+        model: folder or hub id of a tokenizer; without it rows are shown without their template.
+        out: new folder for the rows of files that are kept, as parquet; then --data takes it.
+    """
     tokenizer = None
     if model:
         from transformers import AutoTokenizer
@@ -1123,11 +1136,14 @@ def look(source: Source = GENERATED, show: int = 3, model: str = "", out: str = 
         print(found.report + "\n")
     for rows in found.train.values():
         for _, row in zip(range(show), rows):
-            text, count = row["prompt"], "uncounted"
+            question, count = row["prompt"], ""
             if tokenizer:
-                text, count = tokenizer.decode(row["ids"]), len(row["ids"])
-            answer = json.dumps(row["answer"])
-            print(f"{row['id']} ({row['task']}, {count} tokens), answer {answer:.300}\n{text}\n")
+                question, count = tokenizer.decode(row["ids"]), f", {len(row['ids'])} tokens"
+            print(
+                f"{row['id']} ({row['task']}{count})\n"
+                f"question: {question}\n"
+                f"answer: {json.dumps(row['answer']):.300}\n"
+            )
 
 
 def main(arguments):

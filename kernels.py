@@ -403,3 +403,44 @@ def apply_liger(model_type: str) -> str:
         swiglu=True,
     )
     return "RMSNorm, SwiGLU"
+
+
+# -------------------------------------------------------------------------------- python kernels.py
+
+
+def demo():
+    """Three sequences end to end in one row: what each slot reads and predicts, and the log-prob of
+    that under a random model; beside it that of plain transformers, one sequence at a time."""
+    from torch.nn.utils.rnn import pad_sequence
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    setup("qwen2", progress=False, bf16=True, liger=False)
+    sequences = [[11, 12, 13, 14], [21, 22, 23], [31, 32, 33, 34, 35]]  # the first two: the prompt
+    ids = pad_sequence([torch.tensor(row) for row in sequences], batch_first=True)
+    mask = (ids > 0) & (torch.arange(ids.shape[1]) >= 2)
+    p = pack(ids, mask, [len(row) for row in sequences], rows=[0, 1, 2])
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "vocab_size": 40}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.3}
+    model = Qwen2ForCausalLM(Qwen2Config(**sizes))
+    alone = []
+    with torch.no_grad():
+        for row in map(torch.tensor, sequences):
+            logp = model(row[None]).logits[0, 1:-1].log_softmax(-1)
+            alone += logp.gather(1, row[2:, None])[:, 0].tolist()
+        model.lm_head.__class__ = LogprobHead
+        model.set_attn_implementation("varlen")
+        packed = policy_forward(model, p, temperature=1.0)[0].tolist()
+    predicted = dict(zip(p.keep.tolist(), zip(p.targets.tolist(), packed, alone)))
+    print("slot  position  reads  predicts  log-prob  log-prob when alone")
+    for slot, (token, position) in enumerate(zip(p.ids[0].tolist(), p.position_ids[0].tolist())):
+        said = "{:8d}  {:8.4f}  {:8.4f}".format(*predicted[slot]) if slot in predicted else ""
+        print(f"{slot:4d}  {position:8d}  {token:5d}  {said or '       -'}")
+    print(f"cu_seqlens, where sequences begin and end: {p.cu_seqlens.tolist()}")
+
+
+if __name__ == "__main__":
+    import sys
+
+    del sys.path[0]  # or transformers takes this file for Hugging Face's package
+    demo()

@@ -50,7 +50,7 @@ from functools import partial
 from itertools import chain
 from pathlib import Path
 from statistics import fmean
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 import tyro
@@ -72,109 +72,155 @@ from infra.run import Run, check_folder
 
 
 @dataclass
-class RunFlags:
-    """what is run and where it is kept"""
+class Model:
+    """what is trained"""
 
-    out: str = "runs/ppo"  # run folder; must not exist unless --resume auto
-    seed: int = 0  # prompts, their order and every sampled token are functions of (seed, step)
-    # PPO steps; 0: print the memory plan, sample and score one batch; with --eval_every only
-    # evaluate
+    # Hugging Face folder or hub id of the policy, the model that is trained; the only flag that
+    # must be given
+    model: str = ""
+
+
+@dataclass
+class RunFlags:
+    """where the run is kept, how long it lasts, when it is saved and evaluated"""
+
+    # folder for metrics, samples and checkpoints; must not exist yet, but for --resume auto
+    out: str = "runs/ppo"
+    # any number from 0 to 999999: prompts, their order and all sampled tokens follow from it
+    seed: int = 0
+    # PPO steps. 0: print the memory plan, answer and score one batch, train nothing; with
+    # steps 0 and eval_every 1 the model is evaluated on held-out rows, and that is all
     steps: int = 100
-    resume: Literal["no", "auto"] = "no"  # auto: go on from the newest whole checkpoint, if any
-    save_every: int = 0  # steps between checkpoints; the last step always has one
-    save_minutes: float = 0.0  # minutes between checkpoints; 0: no clock
-    keep_last: int = 3  # checkpoints that stay; 0: all
-    # a metric, eval/correct say: a better one is saved at once, and the best one stays
+    # auto: go on from the newest whole checkpoint in --out, where there is one; no: a new run
+    resume: Literal["no", "auto"] = "no"
+    save_every: int = 0  # steps between checkpoints; 0: only the last step is saved
+    save_minutes: float = 0.0  # minutes between checkpoints, besides; 0: none by the clock
+    keep_last: int = 3  # how many checkpoints stay on the disk, the newest ones; 0: all
+    # name of a metric of evaluations, such as eval/correct: when it is better than ever, a
+    # checkpoint is saved at once, and the best one stays
     keep_best: str = ""
-    max_minutes: float = 0.0  # save and end after so many, as on SIGTERM; 0: never
-    # a phase that takes longer is told with stacks; twice as long ends the run; 0: never
+    # minutes after which the run saves and ends in good order, as it does on SIGTERM; 0: no limit
+    max_minutes: float = 0.0
+    # minutes that a phase of a step may take before every process prints where in the code it is;
+    # after twice as many the run ends; 0: no limit
     stall_minutes: float = 30.0
-    # steps between evaluations on held-out rows, step 0 and the last included; 0: never
+    # steps between evaluations on held-out rows, of which there is one before the first step and
+    # one after the last; 0: none
     eval_every: int = 0
-    eval_rows: int = 256  # held-out rows of each task
-    eval_samples: int = 1  # answers to each of them
-    eval_temperature: float = 1.0  # 0: greedy
-    # forward, update and sync of this step go to OUT/profile, operation by operation; 0: none
+    eval_rows: int = 256  # held-out rows of each task that are asked, 1 or more
+    eval_samples: int = 1  # answers to each held-out row; above 1 there are pass@n and maj@n, too
+    # sampling temperature in evaluations, 0 or more; 0: the likeliest token every time
+    eval_temperature: float = 1.0
+    # the step, from 1 on, whose operations are traced into OUT/profile, for a trace viewer; 0: none
     profile: int = 0
-    wandb: str | None = None  # Weights & Biases project; same keys as metrics.jsonl
+    wandb: str | None = None  # Weights & Biases project that gets the metrics, too; None: no W&B
 
 
 @dataclass
 class ModelFlags:
-    """models, precision, sharding"""
+    """how models are loaded, split over GPUs and made to fit"""
 
-    model: str = ""  # policy: Hugging Face folder or hub id
-    critic_model: str | None = None  # start of the critic, may be smaller; default: the policy's
-    # of compute (weights: fp32). auto: bf16 on CUDA, else fp32
+    # folder or hub id from which the critic starts, may be a smaller model; None: that of --model
+    critic_model: str | None = None
+    # precision of the computations (weights are fp32): auto is bf16 on GPUs, fp32 on CPUs
     dtype: Literal["auto", "bf16", "fp32"] = "auto"
-    # recompute activations of policy and critic: more time, far less memory
+    # keep one tensor per layer and compute the rest once more in the backward pass: far less
+    # memory, updates take about a third longer
     gradient_checkpointing: bool = True
-    # varlen: ours; the others: transformers' own
+    # code of the attention: varlen is the packed one of this repository, the others are those of
+    # the transformers library
     attention: Literal["varlen", "sdpa", "flash_attention_2", "flex_attention"] = "varlen"
-    # live in the machine's memory, step on its CPU
+    # models that live in the machine's memory: 16 bytes less per parameter of a trained model on
+    # the GPUs, slower steps; needs torchrun
     offload: tuple[Literal["policy", "critic", "reference"], ...] = ()
-    # copies of the sharded models (HSDP): one a node, say; 1: every rank holds another shard
+    # copies of the sharded models (HSDP), one per node for example; 1: one copy over all GPUs
     replicas: int = 1
-    # ranks that share one packed row (Ulysses); must divide the attention heads and the world
+    # GPUs that share each sequence (sequence parallelism, Ulysses), for answers too long for one;
+    # a divisor of the number of GPUs and of attention heads; 1: none
     sp: int = 1
-    max_tokens_per_microbatch: int = 18_000  # tokens a rank runs at once; hard
+    # tokens that a GPU computes at once in an update, never more; with --sp 1 at least
+    # max_prompt_tokens + max_new_tokens. More is faster and needs more memory
+    max_tokens_per_microbatch: int = 18_000
 
 
 @dataclass
 class SamplingFlags:
-    """how prompts are answered"""
+    """how the questions are answered; numbers are for all GPUs together"""
 
-    engine: Literal["vllm", "torch"] = "vllm"  # torch: plain PyTorch, slow, for debugging
-    prompts_per_step: int = 256  # over all ranks
-    samples_per_prompt: int = 1  # answers to each prompt
-    # rounds, up to 5, of new prompts for those whose answers are all rewarded alike (dynamic
-    # sampling)
+    # what samples the answers; torch is plain PyTorch, slow, for debugging
+    engine: Literal["vllm", "torch"] = "vllm"
+    prompts_per_step: int = 256  # prompts of a step, a multiple of the number of GPUs
+    samples_per_prompt: int = 1  # answers to each prompt; grpo and rloo need 2 or more
+    # dynamic sampling (DAPO): how often in a step, 0 to 5, a batch of new prompts is asked in place
+    # of those whose answers all have one reward; 0: never
     refill: int = 0
-    max_new_tokens: int = 1024  # response limit
-    temperature: float = 1.0  # of sampling; the trainer divides its logits by the same number
-    # texts that end a response and stay in it, besides every EOS id of the model
+    max_new_tokens: int = 1024  # tokens of an answer at most; one that is cut gets reward 0
+    # sampling temperature, above 0; the trainer's log-probs are at the same temperature
+    temperature: float = 1.0
+    # texts that end an answer and stay in it, besides the model's end-of-sequence tokens
     stop: tuple[str, ...] = ()
-    tp: int = 1  # ranks that share one engine (tensor parallel)
-    gpu_memory: float = 0.6  # share of the card for the engine while it is awake
+    # GPUs that share one vLLM engine (tensor parallelism); a divisor of the number of GPUs and of
+    # attention heads
+    tp: int = 1
+    gpu_memory: float = 0.6  # part of a GPU's memory, 0 to 1, that vLLM takes while it samples
 
 
 @dataclass
 class PPOFlags:
-    """the algorithm"""
+    """the algorithm; the defaults are those of Open-Reasoner-Zero"""
 
-    lr: float = 1e-6  # policy learning rate (AdamW)
-    critic_lr: float = 5e-6  # critic learning rate
-    # gae: PPO; the others need no critic
+    lr: float = 1e-6  # learning rate of the policy (AdamW), 0 or more, the same in all steps
+    critic_lr: float = 5e-6  # learning rate of the critic (AdamW), 0 or more, the same in all steps
+    # what an answer is compared with. gae: the critic's values (PPO); grpo, rloo: the other answers
+    # to its prompt; reinforce++: all answers of the step. Without gae no critic is loaded
     advantage: Literal["gae", "grpo", "rloo", "reinforce++"] = "gae"
-    critic_warmup: int = 0  # first steps that train the critic alone
-    ppo_epochs: int = 1  # passes over each batch
-    critic_epochs: int | None = None  # of the critic; default: as many
-    minibatch_size: int | None = None  # samples per optimizer step; default: the whole batch
-    gamma: float = 1.0  # discount
-    lam: float = 1.0  # GAE lambda; 1: advantage = return - value
-    # in place of --lam, 1 - 1 / (this x tokens of the answer); 0.05 in VAPO (arXiv:2504.05118)
+    critic_warmup: int = 0  # steps at the start that train the critic alone; 0: none
+    ppo_epochs: int = 1  # how often a step trains on each of its answers, 1 or more
+    # how often a step trains the critic on each of its answers, 1 or more; None: as often as the
+    # policy
+    critic_epochs: int | None = None
+    # answers per optimizer step, a divisor of a step's answers; None: all, one optimizer step
+    minibatch_size: int | None = None
+    gamma: float = 1.0  # discount per token, 0 to 1; 1: what comes later counts in full
+    # lambda of GAE, 0 to 1, for the policy. 1: advantage = return - value, unbiased; less than 1:
+    # less variance, more trust in the critic
+    lam: float = 1.0
+    # lambda that grows with the answer, in place of --lam: 1 - 1 / (X x tokens of the answer) for
+    # this X; VAPO (arXiv:2504.05118) takes X = 0.05; None: --lam
     lam_adaptive: float | None = None
-    # of the returns that the critic learns (decoupled GAE, VC-PPO); 1: unbiased
+    # lambda of GAE, 0 to 1, for the returns that the critic learns (VC-PPO); 1: unbiased
     critic_lam: float = 1.0
-    # of the policy: over what (loss_weights)
+    # the policy's loss is the mean over all tokens; over sequences, of the means of each; or as if
+    # every answer had --max_new_tokens tokens (constant)
     loss_mean: Literal["token", "sequence", "constant"] = "token"
-    clip_low: float = 0.2  # the ratio is clipped to [1 - clip_low, 1 + clip_high]
-    clip_high: float = 0.2  # 0.28: clip-higher (DAPO)
-    # above 1: bounds what a token with a negative advantage can cost (arXiv:1912.09729)
+    # an update gains nothing from a probability ratio new / old below 1 - clip_low, 0 to 1
+    clip_low: float = 0.2
+    # ... nor from a ratio above 1 + clip_high, 0 or more; DAPO's clip-higher is 0.28
+    clip_high: float = 0.2
+    # above 1: a token with advantage A < 0 has at most the loss -A x this (arXiv:1912.09729);
+    # None: no bound
     dual_clip: float | None = None
-    value_clip: float = 0.0  # values move at most this far from the old ones; 0: no clipping
-    entropy_coef: float = 0.0  # entropy bonus
-    kl_coef: float = 0.0  # penalty on KL(policy || reference); 0: no reference model is loaded
-    kl_in: Literal["reward", "loss"] = "reward"  # to what the penalty is added
-    kl_estimator: Literal["k1", "k2", "k3"] = "k1"  # k1: log-ratio, k2: half its square, k3
-    # adapt kl_coef towards this KL (arXiv:1909.08593); default: fixed
+    # how far an update may move a value, in units of reward, 0 or more; 0: as far as it likes
+    value_clip: float = 0.0
+    # weight of the entropy bonus, in loss per nat, 0 or more; 0: none
+    entropy_coef: float = 0.0
+    # weight of the penalty on KL(policy || its start), in reward or loss per nat; 0: none, and no
+    # reference model is loaded
+    kl_coef: float = 0.0
+    # to what the KL penalty is added: the reward of each token, or the policy's loss
+    kl_in: Literal["reward", "loss"] = "reward"
+    # estimate of the KL from r = log(policy / reference) of a sampled token, in nats: k1 is r, k2
+    # r * r / 2, k3 exp(-r) - 1 + r
+    kl_estimator: Literal["k1", "k2", "k3"] = "k1"
+    # KL in nats per token that --kl_coef is adapted to (arXiv:1909.08593); None: --kl_coef stays
     kl_target: float | None = None
-    # truncated importance sampling between engine and trainer; 0: off
+    # truncated importance sampling: a token's loss is weighted by its probability in the trainer
+    # over that in the engine, but by no more than this; 0: no weights
     tis_cap: float = 2.0
 
 
 @dataclass
-class Args(rewards.Rules, PPOFlags, SamplingFlags, data.Source, ModelFlags, RunFlags):
+class Args(ModelFlags, rewards.Rules, PPOFlags, SamplingFlags, RunFlags, data.Source, Model):
     """Every knob, flat. Sizes are global; derived sizes are properties, printed, never accepted."""
 
     @property
@@ -207,11 +253,35 @@ MAY_CHANGE = {flag.name for flag in fields(RunFlags) + fields(ModelFlags)} | {"t
 MAY_CHANGE -= {"seed", "model", "critic_model", "dtype", "keep_best"}
 
 
+HELP = """\
+PPO for language models whose answers a program can judge. On one GPU of 24 GB:
+  torchrun --nproc_per_node 1 ppo.py --model Qwen/Qwen2.5-0.5B-Instruct --task countdown \\
+      --template chat --gpu_memory 0.25 --eval_every 10 --out runs/first
+
+Will it fit? --plan N_GPUS GB says so of N_GPUS cards of GB each, and needs none:
+  python ppo.py --plan 4 80 --model Qwen/Qwen2.5-3B --task countdown"""
+# the boxes of --help
+TITLES = {
+    Model: "model",
+    data.Source: "task",
+    RunFlags: "run",
+    SamplingFlags: "sampling",
+    PPOFlags: "learning",
+    rewards.Rules: "reward",
+    ModelFlags: "memory and speed",
+}
+
+
 def parse_args(argv: list[str] | None = None) -> Args:
-    """Flat flags; one box of --help for each of the classes above."""
-    boxes = [(box.__name__, box, field(default_factory=box)) for box in reversed(Args.__bases__)]
+    """Flat flags; one box of --help for each of the classes above, in the order of TITLES."""
+    boxes = []
+    for i, (flags, title) in enumerate(TITLES.items()):
+        titled = Annotated[flags, tyro.conf.arg(name=title)]
+        boxes.append((f"box_{i}", titled, field(default_factory=flags)))
     parsed = tyro.cli(
         make_dataclass("Boxes", boxes),
+        prog="ppo.py",
+        description=HELP,
         config=(tyro.conf.OmitArgPrefixes,),
         use_underscores=True,
         args=argv,
@@ -219,7 +289,13 @@ def parse_args(argv: list[str] | None = None) -> Args:
     values = {}
     for box in vars(parsed).values():
         values |= vars(box)
-    return Args(**values)
+    args = Args(**values)
+    if not args.model:
+        sys.exit(
+            "ppo.py: --model is missing: the Hugging Face folder or hub id of the model that is to "
+            "be trained, as in --model Qwen/Qwen2.5-0.5B-Instruct"
+        )
+    return args
 
 
 def require(args: Args, *rules):
@@ -796,6 +872,10 @@ def set_up(args: Args) -> Setup:
     made |= kernels.setup(configs[0].model_type, bars, args.bf16, args.attention)
     rows = f"{zlib.crc32(read.encode()):08x}"
     run.find_checkpoint(asdict(args) | {"first_prompt": first_prompt, "rows": rows}, MAY_CHANGE)
+    if run.main:
+        from tools.plan import line_of_run
+
+        run.say(line_of_run(*configs, args, ranks.world, torch.cuda.is_available()))
     return Setup(args, configs, tokenizer, source, accelerator, run, made)
 
 
@@ -870,7 +950,8 @@ def make_optimizer(model: nn.Module):
 
 
 def announce(setup: Setup):
-    """What will be run, and what was chosen for the user; of a dry run also whether it fits."""
+    """What will be run, and what was chosen for the user; of a dry run also its memory, item by
+    item."""
     args = setup.args
     run = setup.run
     critic = setup.critic.model if setup.critic else None
@@ -880,7 +961,8 @@ def announce(setup: Setup):
     if args.steps == 0:
         from tools.plan import plan_of_run
 
-        run.say(plan_of_run(*setup.configs, args, run.ranks.world, None, torch.cuda.is_available()))
+        cuda = torch.cuda.is_available()
+        run.say(plan_of_run(*setup.configs, args, run.ranks.world, card_gb=None, cuda=cuda))
 
 
 def answer(

@@ -39,13 +39,15 @@ STATUSES = ("ok", "wrong", "timeout", "memory", "crash", "output", "no_answer", 
 
 @dataclass
 class Rules:
-    """what counts as an answer, and what a program may cost"""
+    """which answers are right"""
 
-    # all: 1 when every test passes; fraction: the part that passes
+    # of a program. all: 1 when it passes every test, else 0; fraction: the part it passes, 0 to 1
     code_reward: Literal["all", "fraction"] = "all"
-    # math: <answer> too, then any last number; code: no fence
+    # where an answer is looked for. strict: \boxed{} for math, a fenced block for code; tagged:
+    # math in <answer>, too; any: also the last number for math, text without a fence for code
     answers: Literal["strict", "tagged", "any"] = "strict"
-    # run model-written programs although the kernel offers too few walls (verify/sandbox.py)
+    # run programs that a model wrote although this machine cannot lock them in safely, for reasons
+    # that verify/sandbox.py gives
     unsafe_code: bool = False
 
 
@@ -587,7 +589,40 @@ def evaluation(scored: Results, k: int, tasks: list[str] = ()) -> dict:
     return out
 
 
-if __name__ == "__main__":  # for data.py: answers in, verdicts out, both as JSON
-    if sys.argv[1:2] != ["readable"]:
-        sys.exit("rewards.py is no program: python tools/score.py FILE scores responses")
-    json.dump(readable(json.load(sys.stdin), "--progress" in sys.argv), sys.stdout)
+# -------------------------------------------------------------------------------- python rewards.py
+
+SUM = "Make 22 out of 3, 5, 7."
+NUMBERS = {"numbers": [3, 5, 7], "target": 22}
+HALVES = "What is 1/2 + 1/4?"
+DOUBLE = "Read a number, print its double."
+PROGRAM = "```python\n{}\n```"
+TESTS = {"inputs": ["2", "21"], "outputs": ["4", "42"]}
+SHOWN = [  # task, question, the answer in its row, a response
+    ("countdown", SUM, NUMBERS, "<answer>3*5+7</answer>"),
+    ("countdown", SUM, NUMBERS, "<answer>5*7-3</answer>"),
+    ("countdown", SUM, NUMBERS, "<answer>22</answer>"),
+    ("countdown", SUM, NUMBERS, "It is 3*5+7."),
+    ("math", HALVES, r"\frac{3}{4}", r"It is \boxed{0.75}."),
+    ("math", HALVES, r"\frac{3}{4}", r"It is \boxed{2/6}."),
+    ("math", HALVES, r"\frac{3}{4}", r"It is \boxed{0.75 or 0.5}."),
+    ("code", DOUBLE, TESTS, PROGRAM.format("print(2 * int(input()))")),
+    ("code", DOUBLE, TESTS, PROGRAM.format("print(4)")),
+    ("code", DOUBLE, TESTS, PROGRAM.format("while True: pass")),
+]
+
+
+def demo():
+    """Some responses and the verdicts on them; a program that never ends takes TEST_SECONDS."""
+    rows = [{"task": task, "answer": answer} for task, _, answer, _ in SHOWN]
+    print(f"{'task':10} {'question':33} {'response':45} {'status':10} reward")
+    for (task, question, _, response), result in zip(SHOWN, score([r[3] for r in SHOWN], rows)):
+        said = f"{task:10} {question:33} {response!r:45}"
+        print(f"{said} {result['status']:10} {result['reward']:g}")
+    print("\nYour own responses: python tools/score.py FILE.jsonl")
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["readable"]:  # for data.py: answers in, verdicts out, both as JSON
+        json.dump(readable(json.load(sys.stdin), "--progress" in sys.argv), sys.stdout)
+    else:
+        demo()

@@ -17,7 +17,7 @@ import os
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -312,6 +312,14 @@ class VLLMSampler:
             self.llm.wake_up()
             self.awake = True
 
+    def drop(self):
+        """Gives its memory to the next engine of this process. Left to itself, vLLM ends
+        torch.distributed, the trainer's too, as soon as nothing refers to its client."""
+        client = self.llm.llm_engine.engine_core
+        client._finalizer.detach()
+        client.engine_core.model_executor.shutdown()
+        self.llm = None
+
     def close(self):
         """Ends the engine and, with it, torch.distributed: the last call of a run."""
         self.llm.llm_engine.engine_core.shutdown()
@@ -322,8 +330,8 @@ class Engine:
     """The samplers of all ranks, which are asked together. When one fails, every rank makes a new
     one, with the weights that `rescue(what failed)` gives, and asks again, once.
 
-    A sampler is anything with sample, load, sleep and wake. `close` is called where there is
-    one."""
+    A sampler is anything with sample, load, sleep and wake. `drop` and `close` are called where
+    there are any."""
 
     make: Callable
     rescue: Callable
@@ -360,6 +368,9 @@ class Engine:
                 return gather(samples, ranks)
             if attempt == 1:
                 weights = self.rescue(errors)
+                drop = getattr(self.sampler, "drop", None)
+                if drop:
+                    drop()
                 self.sampler = None  # its memory is needed
                 self.sampler = self.make()
                 self.sampler.load(weights)
@@ -563,3 +574,45 @@ def make_sampler(
     if engine == "torch":
         return TorchSampler(path, eos_ids, **both)
     raise ValueError(f"engine={engine!r}: use 'vllm' or 'torch'")
+
+
+# -------------------------------------------------------------------------------- python rollout.py
+
+
+def demo(
+    model: str,
+    prompt: str,
+    engine: Literal["vllm", "torch"] = "vllm",
+    template: Literal["base", "chat"] = "base",
+    max_new_tokens: int = 64,
+    temperature: float = 1.0,
+    seed: int = 0,
+):
+    """Samples one answer and shows it token by token, each with its log-prob in nats. --model: a
+    Hugging Face folder or hub id; --template chat: the prompt as a message, for instruct models."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    text = prompt
+    if template == "chat":
+        message = {"role": "user", "content": prompt}
+        text = tokenizer.apply_chat_template([message], add_generation_prompt=True, tokenize=False)
+    ids = tokenizer(text, add_special_tokens=template == "base")["input_ids"]
+    ends = eos_ids(model, tokenizer)
+    sampler = make_sampler(engine, model, ends, max_len=len(ids) + max_new_tokens)
+    (sample,) = sampler.sample([ids], 1, max_new_tokens, temperature, seed)
+    sampler.close()
+    print(f"prompt    {text!r} ({len(ids)} tokens)\nanswer    {tokenizer.decode(sample.ids)!r}")
+    print(f"finished  {sample.finished} (False: cut at --max_new_tokens {max_new_tokens})")
+    print(f"log-prob  {sum(sample.logprobs):.3f} nats, token by token:")
+    for token, logprob in zip(sample.ids, sample.logprobs):
+        print(f"{logprob:8.3f}  {tokenizer.decode([token])!r}")
+
+
+if __name__ == "__main__":
+    import sys
+
+    import tyro
+
+    del sys.path[0]  # as in data.py: the name of this folder's kernels.py
+    tyro.cli(demo, use_underscores=True)

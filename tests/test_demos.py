@@ -1,45 +1,50 @@
-"""data.py as a program and tools/score.py: what they print is true."""
+"""What each file is as a program (data.py, rewards.py, rollout.py, kernels.py) and tools/score.py: what they print is
+true."""
 
 import json
+import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import fixtures
+import launch
 import pytest
+from transformers import AutoTokenizer
+from transformers.utils.import_utils import KERNELS_MIN_VERSION
+
+import rollout
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def run(*command, cwd: Path = ROOT) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, *map(str, command)], cwd=cwd, capture_output=True, text=True, timeout=200
-    )
-
-
 def good(*command) -> str:
-    said = run(*command)
-    assert said.returncode == 0, said.stderr[-2000:]
-    return said.stdout
+    return launch.run(*command).good().said
 
 
 def test_rows_are_shown_as_they_are_fed(tiny, tmp_path):
-    """Guards `python data.py`: the number of rows, the template, the count of tokens, the load report."""
-    said = good("data.py", "--task", "countdown3", "--show", 4)
-    assert (
-        len(re.findall(r"^countdown-train-\d \(countdown, uncounted tokens\)", said, re.MULTILINE))
-        == 4
+    """Guards `python data.py`: the number of rows of every task that needs no file, the answer below its question, the
+    template, the count of tokens, the load report."""
+    said = good("data.py", "--show", 4)
+    rows = re.findall(
+        r"^countdown-train-\d \(countdown\)\nquestion: .* the numbers (.*) exactly .* to make (\d+)\..*\n<think>\n"
+        r"answer: {\"numbers\": \[(.*)\], \"target\": (\d+)}$",
+        said,
+        re.MULTILINE,
     )
-    assert '"target": 38' in said and said.count("<think>\n") == 4
+    assert len(rows) == 2 * 4  # countdown and countdown3
+    for numbers, target, *answer in rows:
+        assert [numbers, target] == answer
     fixtures.eurus_folder(tmp_path)
     files = ["--task", "math,code", "--data", tmp_path, "--template", "chat"]
     said = good("data.py", *files, "--model", tiny, "--show", 2)
-    report, _, rows = said.partition("\n\n")
-    assert re.search(r"taco +27 +6 +21", report) and "unequal numbers" in report
-    counts = re.findall(r"^(math|code)-train-\d+ \(\1, (\d+) tokens\), answer ", rows, re.MULTILINE)
-    assert [task for task, _ in counts] == ["math", "math", "code", "code"]
-    assert rows.count("user: ") == rows.count("assistant: ") == 4
+    assert re.search(r"taco +27 +6 +21", said) and "unequal numbers" in said
+    counts = re.findall(
+        r"^(math|code)-train-\d+ \(\1, \d+ tokens\)\nquestion: user: ", said, re.MULTILINE
+    )
+    assert counts == ["math", "math", "code", "code"]
+    assert said.count("assistant: ") == said.count("\nanswer: ") == 4
 
 
 @pytest.mark.parametrize(
@@ -51,8 +56,79 @@ def test_rows_are_shown_as_they_are_fed(tiny, tmp_path):
 )
 def test_wrong_tasks_are_named(flags, says):
     """Guards a traceback, or rows of something else, in the place of a message."""
-    said = run("data.py", *flags)
-    assert said.returncode == 1 and said.stderr.startswith("data.py: ") and says in said.stderr
+    ended = launch.run("data.py", *flags)
+    assert ended.code == 1 and ended.said.startswith("data.py: ") and says in ended.said
+
+
+def test_verdicts_beside_questions():
+    """Guards `python rewards.py`: what it teaches about right, wrong, hedged and endless answers."""
+    said = good("rewards.py")
+    for line in (
+        "countdown Make 22 out of 3, 5, 7. '<answer>3*5+7</answer>' ok 1",
+        "countdown Make 22 out of 3, 5, 7. '<answer>5*7-3</answer>' wrong 0.1",
+        "countdown Make 22 out of 3, 5, 7. 'It is 3*5+7.' no_answer 0",
+        r"math What is 1/2 + 1/4? 'It is \\boxed{0.75}.' ok 1",
+        r"math What is 1/2 + 1/4? 'It is \\boxed{0.75 or 0.5}.' wrong 0",
+        r"code Read a number, print its double. '```python\nprint(4)\n```' wrong 0",
+        r"code Read a number, print its double. '```python\nwhile True: pass\n```' timeout 0",
+    ):
+        assert line in re.sub(" +", " ", said), said
+    assert said.count(" ok ") == 3
+
+
+def test_one_packed_row():
+    """Guards `python kernels.py`: which slot predicts which token, and log-probs that are those of sequences alone."""
+    said = good("kernels.py")
+    rows = [line.split() for line in said.splitlines()[1:10]]
+    assert [row[:4] for row in rows] == [
+        ["0", "0", "11", "-"],
+        ["1", "1", "12", "13"],
+        ["2", "2", "13", "14"],
+        ["3", "0", "21", "-"],
+        ["4", "1", "22", "23"],
+        ["5", "0", "31", "-"],
+        ["6", "1", "32", "33"],
+        ["7", "2", "33", "34"],
+        ["8", "3", "34", "35"],
+    ]
+    predicting = [row for row in rows if len(row) == 6]
+    assert len(predicting) == 6 and len({row[4] for row in predicting}) == 6
+    for row in predicting:
+        assert float(row[4]) == pytest.approx(float(row[5]), abs=2e-4)
+    assert "[0, 3, 5, 9]" in said
+
+
+def test_one_answer_where_the_package_kernels_is_installed(tiny, tmp_path):
+    """Guards `python rollout.py`: what it prints is what the engine sampled. In an interpreter of its own: only there does
+    transformers look for Hugging Face's package `kernels`, and would find our file of that name."""
+    info = tmp_path / f"kernels-{KERNELS_MIN_VERSION}.dist-info"
+    info.mkdir()
+    version = f"Metadata-Version: 2.1\nName: kernels\nVersion: {KERNELS_MIN_VERSION}\n"
+    (info / "METADATA").write_text(version)
+    flags = ["--model", tiny, "--engine", "torch", "--prompt", "1+2=", "--template", "chat"]
+    said = subprocess.run(
+        [sys.executable, "rollout.py", *flags, "--max_new_tokens", "5", "--seed", "3"],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert said.returncode == 0, said.stderr[-2000:]
+    tokenizer = AutoTokenizer.from_pretrained(tiny)
+    text = "user: 1+2=\nassistant: "
+    prompt = tokenizer(text, add_special_tokens=False)["input_ids"]
+    sampler = rollout.TorchSampler(tiny, rollout.eos_ids(tiny, tokenizer), len(prompt) + 5)
+    (sample,) = sampler.sample([prompt], 1, 5, 1.0, 3)
+    shown = said.stdout.splitlines()
+    assert shown[0] == f"prompt    {text!r} ({len(prompt)} tokens)"
+    assert shown[1] == f"answer    {tokenizer.decode(sample.ids)!r}"
+    assert shown[2].startswith(f"finished  {sample.finished} ")
+    assert shown[3].startswith(f"log-prob  {sum(sample.logprobs):.3f} nats")
+    assert shown[4:] == [
+        f"{logprob:8.3f}  {tokenizer.decode([token])!r}"
+        for token, logprob in zip(sample.ids, sample.logprobs)
+    ]
 
 
 def test_a_file_of_responses(tmp_path):
@@ -87,10 +163,9 @@ def test_a_file_of_responses(tmp_path):
         (unknown, "bad.jsonl: no reward for task 'maths': add it to REWARDS"),
     ):
         fixtures.jsonl(tmp_path / "bad.jsonl", [lines[0], line])
-        said = run("tools/score.py", tmp_path / "bad.jsonl")
-        assert said.returncode == 1 and says in said.stderr, said.stderr
+        ended = launch.run("tools/score.py", tmp_path / "bad.jsonl")
+        assert ended.code == 1 and says in ended.said, ended.said
     (tmp_path / "bad.jsonl").write_text("\n")
-    assert "line 1: no JSON object" in run("tools/score.py", tmp_path / "bad.jsonl").stderr
+    assert "line 1: no JSON object" in launch.run("tools/score.py", tmp_path / "bad.jsonl").said
     (tmp_path / "bad.jsonl").write_text("")
-    assert "bad.jsonl has no lines" in run("tools/score.py", tmp_path / "bad.jsonl").stderr
-    assert "tools/score.py" in run("rewards.py").stderr
+    assert "bad.jsonl has no lines" in launch.run("tools/score.py", tmp_path / "bad.jsonl").said

@@ -10,6 +10,7 @@ Left out on purpose: seconds; and models that are not made of Llama's parts.
 """
 
 import os
+import re
 import sys
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
@@ -116,7 +117,10 @@ def model_shape(config, critic: bool) -> Shape | None:
     from transformers import AutoModelForCausalLM, AutoModelForTokenClassification
 
     made = AutoModelForTokenClassification if critic else AutoModelForCausalLM
-    config = type(config).from_dict(config.to_dict() | {"num_labels": 1})
+    said = config.to_dict()
+    for labels in ("id2label", "label2id"):  # as many as before
+        said.pop(labels, None)
+    config = type(config).from_dict(said | {"num_labels": 1})
     with torch.device("meta"):
         model = made.from_config(config)
     layer = {}
@@ -322,7 +326,11 @@ def part_totals(job: Job) -> Sizes:
     return totals
 
 
-def memory_plan(policy, critic, reference, **flags) -> Plan:
+class NoPlan(Exception):
+    """For models that are not made of Llama's parts."""
+
+
+def make_job(policy, critic, reference, **flags) -> Job:
     """From Hugging Face configurations alone (critic and reference may be None), and the other
     fields of Job."""
     shapes = {}
@@ -330,12 +338,19 @@ def memory_plan(policy, critic, reference, **flags) -> Plan:
         if config:
             shapes[name] = model_shape(config, critic=name == "critic")
             if not shapes[name]:
-                text = (
-                    f"no memory plan for {policy.model_type}: "
-                    "it knows dense models that are made as Llama is"
+                raise NoPlan(
+                    f"no plan for this architecture, {config.model_type}: "
+                    "only for dense models that are made as Llama is"
                 )
-                return Plan({}, {}, text)
-    job = Job(**shapes, **flags)
+    return Job(**shapes, **flags)
+
+
+def memory_plan(*configs, **flags) -> Plan:
+    """Of a job, given as to make_job."""
+    try:
+        job = make_job(*configs, **flags)
+    except NoPlan as error:
+        return Plan({}, {}, str(error))
     moments = memory_moments(job)
     items = {}
     for moment in moments:
@@ -358,23 +373,26 @@ def table(ranks: int, moments: list[Moment], items: Sizes) -> list[str]:
     return lines
 
 
+CACHE_TOO_SMALL = (
+    "the KV cache holds no sequence of full length: "
+    "a larger --gpu_memory or --tp, or shorter answers"
+)
+
+
 def verdict(job: Job) -> list[str]:
     """Lines below the table: does it fit, and if not, what would help?"""
     tokens = cached_tokens(job)
     totals = part_totals(job)
     fullest = ", ".join(f"while {part} {gb:.1f} GB" for part, gb in totals.items())
     if job.bf16:
-        copy = 12 * sum(shape.params for shape in job.trained.values()) / job.ranks / GB
-        fullest += f"; a checkpoint on its way to the disk: {copy:.1f} GB of the machine's memory"
+        fullest += f"; for each GPU {machine_need(job):.1f} GB of its machine's memory"
     wrong = []
     for part, gb in totals.items():
         if gb > job.card_gb:
-            wrong.append(f"{gb:.1f} GB while {part}: {advice(job, part)}")
+            ways = " or ".join(advice(job, part)) or NOTHING_HELPS
+            wrong.append(f"{gb:.1f} GB while {part}: {ways}")
     if tokens < job.longest:
-        wrong.append(
-            "the KV cache holds no sequence of full length: "
-            "a larger --gpu_memory or --tp, or shorter answers"
-        )
+        wrong.append(CACHE_TOO_SMALL)
     says = f"does not fit in {job.card_gb:g} GB"
     if not wrong:
         spare = job.card_gb - max(totals.values())
@@ -391,9 +409,12 @@ def verdict(job: Job) -> list[str]:
 # ---------------------------------------------------------------------------------------- remedies
 
 
-def advice(job: Job, part: str) -> str:
+NOTHING_HELPS = "no flag is enough alone"
+
+
+def advice(job: Job, part: str) -> list[str]:
     """Flags of which each brings the total of one part of a step down to the card on its own, in
-    its mildest form."""
+    its mildest form; the mildest flag first."""
     found = []
     for start, field, values, flag in remedies(job):
         at = bisect_left(values, True, key=partial(fits, start, part, field))
@@ -402,7 +423,7 @@ def advice(job: Job, part: str) -> str:
             if field == "offload":
                 value = " ".join(value)
             found.append(flag.format(value))
-    return " or ".join(found) or "no flag is enough alone"
+    return found
 
 
 def fits(job: Job, part: str, field: str, value) -> bool:
@@ -425,9 +446,9 @@ def remedies(job: Job):
     if job.bf16:
         models = [["critic"], ["critic", "policy"], ["critic", "policy", "reference"]]
         yield sharded, "offload", models, "--offload {}"
-    more = range(job.ranks + job.tp, 513, job.tp)  # shared evenly by the ranks of an engine
-    gpus = [ranks for ranks in more if job.prompts_per_step % ranks == 0]
-    yield sharded, "ranks", gpus, "at least {} GPUs"
+        more = range(job.ranks + job.tp, 513, job.tp)  # shared evenly by the ranks of an engine
+        gpus = [ranks for ranks in more if job.prompts_per_step % ranks == 0]
+        yield sharded, "ranks", gpus, "at least {} GPUs"
     yield job, "reference", [None], "--kl_coef 0"
     if job.critic:
         # in steps of a twentieth; only its number of parameters changes, not what its layers keep
@@ -438,37 +459,125 @@ def remedies(job: Job):
         yield job, "critic", critics, "a --critic_model of at most {.params:,} parameters"
 
 
-# ------------------------------------------------------------------------------------- of a run
+# ------------------------------------------------------------------------ the machine's own memory
+
+LIBRARIES = 1.0  # GB of a process before it has a model; assumed, not measured
+# what a container or a batch system may limit: in /proc/self/cgroup, folder, file; versions 2 and 1
+CGROUPS = {"": (".", "memory.max"), "memory": ("memory", "memory.limit_in_bytes")}
 
 
-def plan_of_run(policy, critic, args, ranks: int, card_gb: float | None, cuda: bool) -> str:
-    """memory_plan in words, of a run with ppo.py's Args. policy, critic: their configurations.
-    card_gb: of each card; None: of this machine."""
-    if not card_gb and torch.cuda.is_available():
+def machine_memory(proc=Path("/proc"), cgroups=Path("/sys/fs/cgroup")) -> float:
+    """GB that all processes of this run may take together on this machine."""
+    total = re.search(r"MemTotal: +(\d+) kB", Path(proc, "meminfo").read_text())
+    sizes = [1024 * int(total[1])]
+    for line in Path(proc, "self/cgroup").read_text().splitlines():
+        _, kind, path = line.split(":", 2)
+        if kind in CGROUPS:
+            folder, name = CGROUPS[kind]
+            inside = cgroups / folder / path.lstrip("/")
+            for file in [inside / name, *(parent / name for parent in inside.parents)]:
+                if file.exists() and file.read_text().strip().isdigit():  # else it is "max"
+                    sizes.append(int(file.read_text()))
+    return min(sizes) / GB
+
+
+def machine_need(job: Job) -> float:
+    """GB of its machine's memory that a rank needs at its fullest moment. On CPU that is all; beside
+    a GPU the offloaded models with gradients and AdamW's states and the copy that a checkpoint is
+    written from, or at the start a whole model that is loaded."""
+    if not job.bf16:
+        return LIBRARIES + max(part_totals(job).values())
+    shapes = job.trained | ({"reference": job.reference} if job.reference else {})
+    kept = 0
+    for name, shape in shapes.items():
+        if name in job.offload:
+            share = 1 / (job.ranks // job.replicas)
+            kept += (16 if name in job.trained else 4) * shape.params * share
+    copy = sum(12 * shape.params / job.ranks for shape in job.trained.values())
+    loaded = max(4 * shape.params for shape in shapes.values())
+    return LIBRARIES + (kept + max(copy, loaded)) / GB
+
+
+# -------------------------------------------------------------------------------------- of a run
+
+
+def facts(policy, critic, args, ranks: int, card_gb: float | None, cuda: bool) -> dict:
+    """What make_job wants to know of a run with ppo.py's Args. policy, critic: their
+    configurations. card_gb: of each card; None: of this machine."""
+    if not card_gb and cuda:
         card_gb = torch.cuda.get_device_properties(0).total_memory / GB
     if not card_gb:
-        card_gb = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GB / ranks
-    plan = memory_plan(
-        policy,
-        critic if args.has_critic else None,
-        policy if args.kl_coef else None,
-        ranks=ranks,
-        card_gb=card_gb,
-        bf16=cuda,
-        sharded=cuda or "RANK" in os.environ,
-        engine=args.engine,
-        gpu_memory=args.gpu_memory,
-        tp=args.tp,
-        max_seqs=256,
-        gradient_checkpointing=args.gradient_checkpointing,
-        max_tokens_per_microbatch=args.max_tokens_per_microbatch,
-        prompts_per_step=args.prompts_per_step,
-        sequences=args.batch_size,
-        longest=args.max_prompt_tokens + args.max_new_tokens,
-        replicas=args.replicas,
-        offload=args.offload,
+        card_gb = machine_memory() / ranks_here(ranks) - LIBRARIES
+    return {
+        "policy": policy,
+        "critic": critic if args.has_critic else None,
+        "reference": policy if args.kl_coef else None,
+        "ranks": ranks,
+        "card_gb": card_gb,
+        "bf16": cuda,
+        "sharded": cuda or "RANK" in os.environ,
+        "engine": args.engine,
+        "gpu_memory": args.gpu_memory,
+        "tp": args.tp,
+        "max_seqs": 256,
+        "gradient_checkpointing": args.gradient_checkpointing,
+        "max_tokens_per_microbatch": args.max_tokens_per_microbatch,
+        "prompts_per_step": args.prompts_per_step,
+        "sequences": args.batch_size,
+        "longest": args.max_prompt_tokens + args.max_new_tokens,
+        "replicas": args.replicas,
+        "offload": args.offload,
+    }
+
+
+def ranks_here(ranks: int) -> int:
+    """Of the run's ranks, those on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", ranks))
+
+
+def plan_of_run(*run, **where) -> str:
+    """The plan in words; the run as for `facts`."""
+    return memory_plan(**facts(*run, **where)).text
+
+
+def line_of_run(policy, critic, args, ranks: int, cuda: bool) -> str:
+    """For the start of a run: will it fit, in one line. It warns and stops nothing."""
+    try:
+        job = make_job(**facts(policy, critic, args, ranks, None, cuda))
+        return fits_line(job, ranks_here(ranks), machine_memory(), args.eval_only)
+    except NoPlan as error:
+        return f"memory: {error}"
+    except Exception as error:  # any model may come here, and a run can do without a plan
+        why = " ".join(str(error).split())
+        return f"memory: no plan: {type(error).__name__}: {why}"
+
+
+def fits_line(job: Job, ranks: int, machine_gb: float, eval_only: bool = False) -> str:
+    """`ranks` of the job share a machine with so much memory. `eval_only`: nothing is trained."""
+    totals = part_totals(job)
+    need = ranks * machine_need(job)
+    if eval_only:
+        engine = engine_memory(job) | {"overhead": trainer_memory(job)["overhead"]}
+        totals = {"sampling": sum(engine.values()) / GB}
+        need = ranks * (LIBRARIES if job.bf16 else LIBRARIES + totals["sampling"])
+    ways = []
+    for part, gb in totals.items():
+        if gb > job.card_gb:
+            mildest = [*advice(job, part), NOTHING_HELPS][0]
+            ways.append(f"while {part}: {mildest}")
+    if cached_tokens(job) < job.longest:
+        ways.append(CACHE_TOO_SMALL)
+    if job.bf16 and need > machine_gb:
+        less = "fewer models in --offload" if job.offload else "one with more memory"
+        ways.append(f"the machine: {less}")
+    says = "fits"
+    if ways:
+        says = f"does not fit: {'; '.join(ways)}"
+    parts = ", ".join(f"{gb:.2f} GB while {part}" for part, gb in totals.items())
+    return (
+        f"memory: {'a GPU' if job.bf16 else 'a process'} needs {parts}, of {job.card_gb:.2f} GB; "
+        f"the machine {need:.2f} GB of {machine_gb:.2f} GB: {says}"
     )
-    return plan.text
 
 
 def main(words: list[str]):

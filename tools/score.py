@@ -45,8 +45,13 @@ def main(
     out: str = "",
     rules: rewards.Rules = rewards.DEFAULT,
 ):
-    """Judges the lines of FILE, a JSONL file: "task" (else TASK), "answer", "response" or "text",
-    perhaps "id", "finished". OUT gets them with their verdicts."""
+    """What the rewards say about responses of yours: a line each, and their means.
+
+    Args:
+        file: JSONL file; its lines have "task", "answer", "response" or "text", maybe "finished".
+        task: of the lines that do not name theirs, such as math.
+        out: JSONL file that gets the lines with their verdicts.
+    """
     rows = read(file, task)
     try:
         print(rewards.start({row["task"] for row in rows}, rules))
