@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The reference runs. Each reproduces the settings of a published run (named beside each flag); the README has the
+# The reference runs. Each reproduces the settings of a published run (named beside each flag); docs/scaling.md has the
 # memory they need. Nothing in here has been measured on GPUs yet.
 #
 #   pip install -r requirements.txt

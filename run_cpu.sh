@@ -10,8 +10,8 @@
 set -euo pipefail
 cd "$(dirname "$0")"
 
-if [ ! -e .venv/ready ]; then # about 2 minutes
-  echo "setting up .venv from requirements-cpu.txt"
+if [ ! -e .venv/ready ]; then
+  echo "setting up .venv from requirements-cpu.txt: about 2 minutes"
   python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "needs Python 3.11 or newer"; exit 1; }
   python3 -m venv .venv
   torch=$(grep '^torch==' requirements-cpu.txt)

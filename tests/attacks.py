@@ -1,7 +1,7 @@
 """Programs that try to get out of the sandbox, and a machine check: `python tests/attacks.py [layers to switch off]`.
 
-Every program prints "escaped" if, and only if, the forbidden thing worked; those that only cost (loops, bombs, floods)
-print nothing and must merely end. `Field` sets out what there is to win: a folder anybody may write to with secrets in
+Every program prints "escaped" if, and only if, the forbidden thing worked; those that only cost (COSTLY: loops, bombs,
+floods) print nothing and must merely end. `Field` sets out what there is to win: a folder anybody may write to with secrets in
 it, a listener on loopback and one on an abstract socket, a secret in the environment and in the memory of the trainer.
 Standard library only, so that any user with any Python 3.11 can run it.
 """
@@ -11,6 +11,7 @@ import os
 import socket
 import sys
 import tempfile
+import textwrap
 import threading
 import time
 from pathlib import Path
@@ -182,6 +183,8 @@ state in a random state: import random; won(None if random.random() == 0.8444218
 state in a descriptor: won([f for f in range(3, 99) if select.select([], [], [], 0) and libc.fcntl(f, 1) >= 0] or None); os.dup(0)
 state in a process: won(time.process_time() > 0.5 or None); [0 for _ in range(10**7)]
 state in the priority: won(os.getpriority(0, 0) > 10 or None); os.nice(15)
+"""
+COSTLY = r"""
 loop: while True: pass
 loop that catches: exec("while True:\n    try:\n        while True: pass\n    except BaseException: pass")
 loop that ignores signals: [signal.signal(s, signal.SIG_IGN) for s in range(1, 32) if s not in (9, 19)]; exec("while 1: pass")
@@ -337,11 +340,13 @@ CALLS = {  # solve(x) of programs that want any result to count as right: the ri
 }
 
 
-def sources() -> dict[str, str]:
-    import textwrap
+def by_name(lines: str) -> dict[str, str]:
+    return dict(line.split(": ", 1) for line in lines.strip().splitlines())
 
-    short = dict(line.split(": ", 1) for line in ONE_LINERS.strip().splitlines())
-    bodies = short | {name: textwrap.dedent(body) for name, body in LONGER.items()}
+
+def sources() -> dict[str, str]:
+    bodies = by_name(ONE_LINERS) | by_name(COSTLY)
+    bodies |= {name: textwrap.dedent(body) for name, body in LONGER.items()}
     return {name: START + body + "\n" for name, body in bodies.items()}
 
 
@@ -420,26 +425,22 @@ def descendants(pid: int) -> list[int]:
 
 
 def run(off: tuple[str, ...] = (), names: list[str] | None = None, seconds: float = 0.4) -> dict:
-    """Every attack in one server with these layers switched off. What worked, took too long, or left something."""
+    """Every attack in one server with these layers switched off. What worked, took too long, or left something. The
+    costly ones get `seconds`; the others end by themselves, on a busy machine too."""
     chosen = {name: source for name, source in sources().items() if names is None or name in names}
+    costly = by_name(COSTLY)
     escaped, slow = [], []
     with Field() as field:
         server = pool.Server("code", unsafe=True, off=off)
         idle = len(descendants(os.getpid()))
         for name, source in chosen.items():
+            cpu = seconds if name in costly else 4.0
+            limits = {"cpu": cpu, "wall": 2 * cpu, "memory": 1 << 30, "output": 1 << 16}
             for _ in range(2 if name.startswith("state") else 1):
-                job = {
-                    "kind": "stdin",
-                    "fn_name": None,
-                    "cpu": seconds,
-                    "wall": 2 * seconds,
-                    "memory": 1 << 30,
-                }
+                job = limits | {"kind": "stdin", "fn_name": None}
                 begun = time.monotonic()
                 try:
-                    _, output = server.run(
-                        job | {"output": 1 << 16}, source.encode(), field.given.encode()
-                    )
+                    _, output = server.run(job, source.encode(), field.given.encode())
                 except pool.FAILURES as error:
                     print(f"{name} killed the server ({error!r})", file=sys.stderr)
                     output = b"escaped"
@@ -447,7 +448,7 @@ def run(off: tuple[str, ...] = (), names: list[str] | None = None, seconds: floa
                     server = pool.Server("code", unsafe=True, off=off)
                 if b"escaped" in output and name not in escaped:
                     escaped.append(name)
-                if time.monotonic() - begun > 2 * seconds + 2:
+                if time.monotonic() - begun > 2 * cpu + 5:
                     slow.append(name)
         alive = len(descendants(os.getpid())) - idle
         answer = {

@@ -3,24 +3,17 @@
 No packing, no masks, no (B, T) tensors, and nothing from ppo.py: flags are read from the object that is given. The
 answers are drawn once more by rollout.TorchSampler, which tests/test_alignment.py holds against transformers.
 
-    python tests/by_hand.py OUT=FLAGS [OUT=FLAGS ...]
-
-makes the runs to be compared with: each in a process of its own, which is forked after the imports, as these take five
-times as long as two steps. "again" among the flags: OUT-again is a copy that has lost its last checkpoint and goes on
-from the one before. "lags": the engine's log-probs are off by LAG, in the answers that are learned from.
+`run` makes the run to be compared with. "lags" among the flags: the engine's log-probs are off by LAG, in the answers
+that are learned from.
 """
 
-import os
 import random
-import shutil
 import statistics
-import sys
 from collections import defaultdict
 from pathlib import Path
 
 import toy  # first: the guard for the name `kernels`
 
-import accelerate  # noqa: F401
 import data
 import rollout
 import torch
@@ -36,6 +29,28 @@ def gae_by_hand(rewards: list[float], values: list[float], gamma: float, lam: fl
     return [
         sum((gamma * lam) ** k * d for k, d in enumerate(deltas[i:])) for i in range(len(deltas))
     ]
+
+
+def group_by_hand(totals: list[float], n: int, kind: str) -> list[float]:
+    """Advantages of GRPO or RLOO, one for each answer; n neighbours answer one prompt."""
+    advantages = []
+    for i, total in enumerate(totals):
+        first = i - i % n
+        group = totals[first : first + n]
+        if kind == "grpo":
+            advantages.append((total - statistics.mean(group)) / (statistics.stdev(group) + 1e-4))
+        else:
+            others = totals[first:i] + totals[i + 1 : first + n]
+            advantages.append(total - statistics.mean(others))
+    return advantages
+
+
+def read(model, prompt: list[int], ids: list[int], temperature: float = 1.0):
+    """Log-probs of the tokens of one answer, and the entropies of where they were drawn, (n,) each."""
+    logits = model(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1] / temperature
+    logp = torch.log_softmax(logits, -1)
+    chosen = logp.gather(1, torch.tensor(ids)[:, None])[:, 0]
+    return chosen, -(logp.exp() * logp).sum(-1)
 
 
 def norm_of(model) -> float:
@@ -72,15 +87,7 @@ class ByHand:
         }
 
     def logprobs(self, model, b: int):
-        prompt, response = self.asked[b], self.answers[b].ids
-        logits = (
-            model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
-            / self.f.temperature
-        )
-        logp = torch.log_softmax(logits, -1)
-        return [logp[t, i] for t, i in enumerate(response)], [
-            -(row.exp() * row).sum() for row in logp
-        ]
+        return read(model, self.asked[b], self.answers[b].ids, self.f.temperature)
 
     def values(self, b: int):
         out = self.critic(torch.tensor([self.asked[b] + self.answers[b].ids])).logits[0, :, 0]
@@ -95,13 +102,9 @@ class ByHand:
                 for t, (x, y) in enumerate(zip(self.old[b], self.ref[b])):
                     token_rewards[b][t] -= self.kl_coef * kl_by_hand(f.kl_estimator, x, y).item()
         if f.advantage in ("grpo", "rloo"):
-            n, totals, out = f.samples_per_prompt, [sum(row) for row in token_rewards], []
-            for b in everyone:
-                group = totals[b - b % n : b - b % n + n]
-                rloo = totals[b] - statistics.mean(x for i, x in enumerate(group) if i != b % n)
-                grpo = (totals[b] - statistics.mean(group)) / (statistics.stdev(group) + 1e-4)
-                out.append([grpo if f.advantage == "grpo" else rloo] * len(token_rewards[b]))
-            return out, []
+            totals = [sum(row) for row in token_rewards]
+            good = group_by_hand(totals, f.samples_per_prompt, f.advantage)
+            return [[x] * len(row) for x, row in zip(good, token_rewards)], []
         values = [
             [v.item() for v in row] if f.advantage == "gae" else [0.0] * len(row)
             for row in self.old_values
@@ -247,10 +250,11 @@ class ByHand:
                 p.data.copy_(saved[key])
 
 
-def run(out: str, flags: list[str]) -> None:
+def run(out: str, words: list[str]) -> None:
+    """The run of ppo.py with these flags, in this process."""
     plain = rollout.TorchSampler.sample
 
-    def sample(self, prompts, n, *more):
+    def late(self, prompts, n, *more):
         answers = plain(self, prompts, n, *more)
         if n == 1:  # the canary
             return answers
@@ -258,29 +262,9 @@ def run(out: str, flags: list[str]) -> None:
             s._replace(logprobs=[x + LAG[t % 3] for t, x in enumerate(s.logprobs)]) for s in answers
         ]
 
-    if "lags" in flags:
-        rollout.TorchSampler.sample = sample
-    toy.run(out, *(flag for flag in flags if flag not in OURS))
-
-
-def forked(out: str, flags: list[str]) -> int:
-    """The exit code of a run in a process of its own; what it says is in OUT.log."""
-    child = os.fork()
-    if child:
-        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    log = os.open(f"{out}.log", os.O_CREAT | os.O_WRONLY)
-    os.dup2(log, 1)
-    os.dup2(log, 2)
-    run(out, flags)
-    sys.stdout.flush()
-    os._exit(0)
-
-
-if __name__ == "__main__":
-    for job in sys.argv[1:]:
-        out, _, flags = job.partition("=")
-        again = f"{out}-again"
-        if forked(out, flags.split()) == 0 and "again" in flags.split():
-            shutil.copytree(out, again, symlinks=True)
-            shutil.rmtree(max(Path(again, "checkpoints").glob("step_*")))
-            forked(again, [*flags.split(), "--resume", "auto"])
+    if "lags" in words:
+        rollout.TorchSampler.sample = late
+    try:
+        toy.run(out, *(word for word in words if word not in OURS))
+    finally:
+        rollout.TorchSampler.sample = plain

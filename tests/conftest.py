@@ -12,6 +12,8 @@ os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(
     prefix="ppo-tests-"
 )  # before anybody imports `datasets`
 atexit.register(shutil.rmtree, os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
+if "datasets" in sys.modules:  # in a job of tests/launch.py: it has the path of its server
+    sys.modules["datasets"].config.HF_DATASETS_CACHE = Path(os.environ["HF_DATASETS_CACHE"])
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import ppo  # noqa: E402, F401  before any other import of transformers: see the guard at its top
 
@@ -25,10 +27,28 @@ from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 from verify import pool  # noqa: E402
 
 torch.set_num_threads(1)
+# vLLM compiles one small function at its first answer: 2 s of every run
+os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 hypothesis.settings.register_profile(
     "tests", deadline=None, derandomize=True, database=None, max_examples=100
 )
 hypothesis.settings.load_profile("tests")
+
+
+def pytest_addoption(parser):
+    parser.addoption("--all", action="store_true", help="also the tests that are marked `full`")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "full: takes long; only with tests/run.sh --all")
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("--all"):
+        return
+    left_out = [item for item in items if item.get_closest_marker("full")]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if item not in left_out]
 
 
 def random_folder(path: Path, tie: bool) -> str:

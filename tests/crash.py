@@ -6,9 +6,9 @@ is left alone. It is right when
 - metrics.jsonl, samples.jsonl and the last checkpoint are, bit for bit, those of a run that was left alone;
 - each start went on from the newest checkpoint that was whole, and lost at most the one that was being written;
 - `latest` and `best` were never dead links, nothing half-written was left at the end, and no process.
-Exit code 1 when one is not. With two ranks, rank 0, rank 1 or all (torchrun, too) are killed; who
-it is at a point, N says. WORDS: only the points with one of them. All points take about half an
-hour on 2 cores.
+Exit code 1 when one is not. With two ranks, rank 0, rank 1 or all (their launcher, too) are killed; who
+it is at a point, N says. WORDS: only the points with one of them. All points take about five
+minutes on 2 cores.
 """
 
 import argparse
@@ -18,20 +18,18 @@ import os
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
-import uuid
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
+import launch
 from safetensors import safe_open
 
-ROOT = Path(__file__).resolve().parent.parent
 # checkpoints: step_2, step_3 (the best: step_2 is deleted), step_4, step_6 (step_4 is deleted)
 FLAGS = "--steps 6 --save_every 2 --keep_last 1 --keep_best eval/correct --eval_every 3 --eval_rows 8 --ppo_epochs 1 "
 FLAGS = [*(FLAGS + "--prompts_per_step 32 --minibatch_size 16 --resume auto").split()]
@@ -41,7 +39,7 @@ SAVED, DIES = 3, 5  # the step whose checkpoint is hit, and the one in whose pha
 
 
 def die() -> None:
-    """kill -9 of this process, or of all and torchrun, if this rank is meant. Never returns
+    """kill -9 of this process, or of all and their launcher, if this rank is meant. Never returns
     then."""
     from infra import checkpoint, watchdog
 
@@ -401,78 +399,54 @@ def chains(words: list[str] = ()) -> list[list[str]]:
 # ------------------------------------------------------------------------------------------------------ what looks on
 
 
-def launch(
+def launched(
     world: int, out: Path, flags: list, at: str = "", who: str = "", limit: float = 200
 ) -> dict:
     """One start of the run, until it has ended: how, what it said, seconds from the kill to the
     end, processes left."""
-    mark, note = uuid.uuid4().hex, Path(f"{out}.killed")
+    note, log = Path(f"{out}.killed"), Path(f"{out}.said")
     note.unlink(missing_ok=True)
+    log.unlink(missing_ok=True)
     script = ["tests/crash.py", "--at", at, "--who", who] if at else ["tests/toy.py"]
-    torchrun = (
-        ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(world)]
-        if world > 1
-        else []
-    )
-    command = [sys.executable, *torchrun, *script, str(out), *map(str, flags)]
-    with open(f"{out}.said", "w+") as said:  # no pipe: a process that is left would keep it open
-        process = subprocess.Popen(
-            command, cwd=ROOT, env=os.environ | {"CRASH_RUN": mark}, stdout=said, stderr=said
-        )
-        try:
-            code = process.wait(limit)
-        except subprocess.TimeoutExpired:
-            code = None
-        ended, deadline = time.time(), time.time() + 20
-        while (left := marked(mark)) and code is not None and time.time() < deadline:
-            time.sleep(0.05)
-        for pid in left:
-            end(pid)
-        process.wait()
-        said.seek(0)
-        text = said.read()
+    job = launch.start(*script, out, *flags, ranks=world, log=log)
+    deadline = time.time() + limit
+    while job.code is None and time.time() < deadline:
+        time.sleep(0.02)
+    code = job.code
+    ended = time.time()
+    while (left := writers(log)) and code is not None and time.time() < ended + 20:
+        time.sleep(0.05)
+    for pid in left:
+        end(pid)
     killed = json.loads(note.read_text()) if note.exists() else {}
     return {
         "code": code,
-        "said": text,
+        "said": job.said(),
         "left": left,
         "killed": killed,
         "took": ended - killed.get("at", ended),
     }
 
 
-def marked(mark: str) -> list[int]:
-    """Processes with this mark in their environment, whoever their parent is by now."""
+def writers(log: Path) -> list[int]:
+    """Processes whose stdout is this file, whoever their parent is by now."""
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         try:
-            found += (
-                [int(folder.name)] if mark.encode() in (folder / "environ").read_bytes() else []
-            )
-        except OSError:
+            if os.readlink(folder / "fd" / "1") == str(log):
+                found.append(int(folder.name))
+        except OSError:  # it has ended
             pass
     return found
-
-
-def timeless(row: dict) -> dict:
-    return {
-        k: v
-        for k, v in row.items()
-        if not k.startswith(("time/", "perf/")) and "tokens_per_s" not in k
-    }
 
 
 def read(out: Path) -> dict:
     """What must not depend on kills."""
     last = out / "checkpoints" / "step_6"
     state = json.loads((last / "state.json").read_text())
-    rows = {
-        name: [json.loads(x) for x in open(out / name)]
-        for name in ("metrics.jsonl", "samples.jsonl")
-    }
     return {
-        "metrics.jsonl": [timeless(row) for row in rows["metrics.jsonl"]],
-        "samples.jsonl": rows["samples.jsonl"],
+        "metrics.jsonl": [launch.numbers(row) for row in launch.metrics(out)],
+        "samples.jsonl": launch.read_lines(out / "samples.jsonl"),
         "state.json": {k: state.get(k) for k in ("step", "best", "streaks", "kl_coef")},
         "files": sorted(state["files"]),
         "tensors": tensors(last),
@@ -521,7 +495,7 @@ def crash(
         before = [
             int(path.name[5:]) for path in out.glob("checkpoints/step_*") if path.name[5:].isdigit()
         ]
-        start = launch(world, out, flags, point, who)
+        start = launched(world, out, flags, point, who)
         wrong, said, killed = [], start["said"], start["killed"]
         if max(begun) > max(before, default=0):
             wrong.append(f"checkpoints {begun} were begun and ended, {before} are there")
@@ -562,13 +536,12 @@ def crash(
 
 def reference(world: int, folder: Path, flags: list) -> dict:
     out = folder / f"whole{world}"
-    start = launch(world, out, flags)
+    start = launched(world, out, flags)
     assert start["code"] == 0, start["said"][-3000:]
     return read(out)
 
 
 def main(words: list[str], turn: int, worlds: list[int]) -> int:
-    sys.path.insert(0, str(ROOT / "tests"))
     import toy
 
     folder = Path(tempfile.mkdtemp(prefix="ppo-crash-"))

@@ -1,13 +1,12 @@
 """python tests/faults.py FAULT OUT [flags of ppo.py]: the toy run of tests/toy.py (with --task:
 another), with a fault. python tests/faults.py FAULT --replay FILE: the same for `tools/replay.py
-FILE`. python tests/faults.py jobs RANKS DIR JOB --then JOB ...: one after the other, each a process
-of its own (with 2 RANKS: of torchrun), but forked when all is imported: seconds each. What job 0
-says goes to DIR/0.log, with its exit code.
+FILE`. tests/launch.py starts both on ranks, too.
 
-FAULT is NAME:STEP:RANK[:CALL], or `none`: at the first (or CALL-th; with a plus: and every later)
-call of a function in one phase of that step, on that rank (or every one: *), NaN is written, the
-process sleeps, gets a signal, or an error is raised. What an optimizer step has seen is printed as
-`update STEP MODEL NORM`, the norm to the last bit.
+FAULT is NAME:STEP:RANK[:CALL], several of them with commas between, or `none`: at the first (or
+CALL-th; with a plus: and every later) call of a function in one phase of that step, on that rank
+(or every one: *), NaN is written, the process sleeps, gets a signal, or an error is raised. What an
+optimizer step has seen is printed as `update STEP MODEL NORM`, the norm to the last bit. When a
+rank is to hang, what each says on stderr is in OUT.rankN: stacks of two would mix.
 """
 
 import os
@@ -21,7 +20,6 @@ from pathlib import Path
 
 import toy  # first: ppo.py, with its guard for the name `kernels`
 import torch
-from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 import kernels
 import ppo
@@ -152,7 +150,7 @@ FAULTS = {
 
 
 @contextmanager
-def planted(fault: str):
+def planted(faults: str):
     before = []
 
     def wrap(owner, name: str, make) -> None:
@@ -169,30 +167,9 @@ def planted(fault: str):
         return norm
 
     wrap(models, "optimizer_step", reported)
-    name, step, rank, call = (
-        (fault.split(":") + ["1"])[:4] if fault != "none" else ("", "0", "0", "1")
-    )
-    if name:
-        owners, function, phase, first, then, mine = FAULTS[name]
-        calls = [0]
-
-        def faulty(function, *args, **more):
-            now = watchdog.NOW.phase == phase and watchdog.NOW.step == int(step)
-            now = now and rank in ("*", str(watchdog.RANK))
-            now = now and mine(*args)
-            calls[0] += now
-            now = now and (
-                calls[0] == int(call.rstrip("+"))
-                or (call.endswith("+") and calls[0] >= int(call[:-1]))
-            )
-            if now and first:
-                first(*args)
-            result = function(*args, **more)
-            changed = then(result, *args) if now and then else None
-            return result if changed is None else changed
-
-        for owner in owners:
-            wrap(owner, function, faulty)
+    for fault in faults.split(","):
+        if fault != "none":
+            plant(fault, wrap)
     try:
         yield
     finally:
@@ -200,58 +177,47 @@ def planted(fault: str):
             setattr(owner, name, function)
 
 
+def plant(fault: str, wrap) -> None:
+    name, step, rank, call = [*fault.split(":"), "1"][:4]
+    owners, function, phase, first, then, mine = FAULTS[name]
+    nth = int(call.rstrip("+"))
+    calls = [0]
+
+    def faulty(function, *args, **more):
+        here = watchdog.NOW.phase == phase and watchdog.NOW.step == int(step)
+        here = here and rank in ("*", str(watchdog.RANK))
+        here = here and mine(*args)
+        calls[0] += here
+        now = here and (calls[0] == nth or (call.endswith("+") and calls[0] > nth))
+        if now and first:
+            first(*args)
+        result = function(*args, **more)
+        changed = then(result, *args) if now and then else None
+        return result if changed is None else changed
+
+    for owner in owners:
+        wrap(owner, function, faulty)
+
+
 def run(fault: str, out: str, *flags: str) -> list[dict]:
+    if watchdog.WORLD > 1 and fault.startswith("hang"):
+        own = os.open(f"{out}.rank{watchdog.RANK}", os.O_WRONLY | os.O_CREAT)
+        os.dup2(own, 2)
     with planted(fault):
         if "--task" in flags:
             return ppo.train(ppo.parse_args(["--out", out, *flags]))
         return toy.run(out, *flags)
 
 
-def once_more(fault: str, file: str) -> None:
+def once_more(fault: str, file: str) -> int:
     """The update is of the step that bad_step_N is named by, as far as the fault is concerned."""
     watchdog.begin_step(int(Path(file).parent.name.removeprefix("bad_step_")))
     watchdog.enter("update")
     with planted(fault):
-        sys.exit(replay.main(Path(file)))
-
-
-def work(*job: str) -> None:
-    # numbers that modules keep were read when they were imported, in another process
-    watchdog.RANK, watchdog.WORLD = (
-        int(os.environ.get("RANK", 0)),
-        int(os.environ.get("WORLD_SIZE", 1)),
-    )
-    once_more(job[0], job[2]) if job[1] == "--replay" else run(*job)
-
-
-def main(ranks: int, logs: str, *words: str) -> None:
-    jobs: list[list[str]] = [[]]
-    for word in words:
-        jobs.append([]) if word == "--then" else jobs[-1].append(word)
-    for number, job in enumerate(jobs):
-        log = os.open(f"{logs}/{number}.log", os.O_WRONLY | os.O_APPEND | os.O_CREAT)
-        if not (child := os.fork()):
-            os.dup2(log, 1)
-            os.dup2(log, 2)
-            if ranks == 1:
-                return work(*job)
-            shape = {
-                "min_nodes": 1,
-                "max_nodes": 1,
-                "nproc_per_node": ranks,
-                "max_restarts": 0,
-                "start_method": "fork",
-            }
-            meeting = {
-                "rdzv_backend": "c10d",
-                "rdzv_endpoint": "localhost:0",
-                "run_id": str(number),
-            }
-            elastic_launch(LaunchConfig(**shape, **meeting), work)(*job)  # torchrun, as a function
-            return
-        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        os.write(log, f"\nended with {code}\n".encode())
+        return replay.main(Path(file))
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[2]), *sys.argv[3:]) if sys.argv[1] == "jobs" else work(*sys.argv[1:])
+    if sys.argv[2] == "--replay":
+        sys.exit(once_more(sys.argv[1], sys.argv[3]))
+    run(*sys.argv[1:])

@@ -15,22 +15,21 @@ is tests/toy.py with a reward that random answers get parts of.
 
 import ast
 import importlib.util
-import json
 import math
 import os
-import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
+import launch
 import pytest
 import toy  # before what imports ours or transformers: the path, the guard for the name `kernels`
 import test_structure
 import torch
+from by_hand import group_by_hand, read
 from planted import ROOT, copy
 from safetensors.torch import load_file
 from torch import Tensor
@@ -43,13 +42,13 @@ PATCHES = {path.stem: path for path in sorted((ROOT / "tests" / "ablations").glo
 WIDTH = 100
 LR = 1e-3  # of tests/toy.py
 CRITIC_LR = 3e-3
-ON_TOY = ["tests/test_ablations.py"]
+ON_TOY = "tests/test_ablations.py"
 TOY_FLAGS = [
     *["--prompts_per_step", 8, "--samples_per_prompt", 4, "--minibatch_size", 32],
     *["--ppo_epochs", 2, "--temperature", 1.0, "--entropy_coef", 0.0],
     *["--max_tokens_per_microbatch", 64],
 ]
-ON_COUNTDOWN = ["ppo.py"]
+ON_COUNTDOWN = "ppo.py"
 SMALL = [
     *["--engine", "torch", "--prompts_per_step", 8, "--max_prompt_tokens", 128],
     *["--max_new_tokens", 8, "--max_tokens_per_microbatch", 400],
@@ -154,10 +153,10 @@ class Ran(NamedTuple):
     said: str
 
     def rows(self) -> list[dict]:
-        return [json.loads(line) for line in open(self.out / "metrics.jsonl")]
+        return launch.metrics(self.out)
 
     def samples(self) -> list[dict]:
-        return [json.loads(line) for line in open(self.out / "samples.jsonl")]
+        return launch.read_lines(self.out / "samples.jsonl")
 
 
 class Tampered(NamedTuple):
@@ -170,7 +169,7 @@ class Tampered(NamedTuple):
 
 class Case(NamedTuple):
     check: Callable[[Ran], None]
-    script: list[str]
+    script: str
     flags: list
     tampered: Tampered | None
 
@@ -178,7 +177,7 @@ class Case(NamedTuple):
 CASES: dict[str, Case] = {}
 
 
-def case(*flags, script: list[str] = ON_TOY, tampered: Tampered | None = None) -> Callable:
+def case(*flags, script: str = ON_TOY, tampered: Tampered | None = None) -> Callable:
     """The function below is the check of the patch of that name."""
     if script == ON_TOY:
         flags = [*TOY_FLAGS, *flags]
@@ -193,7 +192,7 @@ def case(*flags, script: list[str] = ON_TOY, tampered: Tampered | None = None) -
 MODELS: dict[str, Path] = {}
 
 
-def prepared(name: str, folder: Path) -> list[str]:
+def prepared(name: str, folder: Path) -> list:
     """Makes the copy that the case needs in `folder`. Returns the command of its run."""
     wanted = CASES[name]
     if name in PATCHES:
@@ -211,48 +210,24 @@ def prepared(name: str, folder: Path) -> list[str]:
         out, model = ["--out", "run"], MODELS["tiny"]
     if name == "small_critic":
         model = MODELS["deep"]
-    command = [*wanted.script, *out, "--model", model, "--steps", 3, *wanted.flags]
-    return [str(word) for word in command]
+    return [wanted.script, *out, "--model", model, "--steps", 3, *wanted.flags]
 
 
 @pytest.fixture(scope="module")
-def ran(request, tmp_path_factory, tiny) -> Iterator[Callable[[str], Ran]]:
-    """The run of each case that a chosen test needs. They begin together, in the order of the
-    tests."""
-    folder = tmp_path_factory.mktemp("models")
-    toy.make_model(str(folder / "toy"))
-    toy.make_model(str(folder / "deep"), layers=8)
-    MODELS.update({"toy": folder / "toy", "deep": folder / "deep", "tiny": Path(tiny)})
-    folders = {}
-    for item in request.session.items:
-        if "ran" in getattr(item, "fixturenames", ()):
-            for name in item.callspec.params.values():
-                if name in CASES and name not in folders:
-                    folders[name] = tmp_path_factory.mktemp(name)
-    jobs = [json.dumps([str(place), prepared(name, place)]) for name, place in folders.items()]
-    forker = subprocess.Popen(
-        [sys.executable, "tests/forked.py"],
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        stdin=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    forker.stdin.write("\n".join(jobs))
-    forker.stdin.close()
+def ran(tmp_path_factory, tiny) -> Callable[[str], Ran]:
+    """ran(name): the run of that case, which is made when it is first asked for."""
+    models = tmp_path_factory.mktemp("models")
+    toy.make_model(str(models / "toy"))
+    toy.make_model(str(models / "deep"), layers=8)
+    MODELS.update({"toy": models / "toy", "deep": models / "deep", "tiny": Path(tiny)})
 
-    def wait(name: str) -> Ran:
-        ended, deadline = folders[name] / "ended", time.monotonic() + 300
-        while not ended.exists() and forker.poll() in (None, 0) and time.monotonic() < deadline:
-            time.sleep(0.05)
-        said = (folders[name] / "said").read_text()
-        assert ended.exists() and ended.read_text() == "0", said[-3000:]
-        return Ran(folders[name], folders[name] / "run", said)
+    @cache
+    def of(name: str) -> Ran:
+        folder = tmp_path_factory.mktemp(name)
+        done = launch.run(*prepared(name, folder), cwd=folder).good()
+        return Ran(folder, folder / "run", done.said)
 
-    yield wait
-    if forker.poll() is None:
-        os.killpg(forker.pid, signal.SIGKILL)
-    forker.wait()
+    return of
 
 
 def test_every_patch_has_a_case():
@@ -308,22 +283,9 @@ def answers(change: Callable[[Tensor], Tensor] = unchanged) -> list[Answer]:
     return drawn
 
 
-def read(model, answer: Answer) -> tuple[Tensor, Tensor]:
-    """Log-probs and entropies of its tokens, (n,)."""
-    first = len(answer.prompt) - 1
-    logits = model(torch.tensor([answer.prompt + answer.ids[:-1]])).logits[0, first:]
-    logp = torch.log_softmax(logits, -1)
-    chosen = logp.gather(1, torch.tensor(answer.ids)[:, None])[:, 0]
-    return chosen, -(logp.exp() * logp).sum(-1)
-
-
 def against_the_group(rewards: list[float]) -> list[float]:
     """GRPO's advantages, one for each answer."""
-    advantages = []
-    for i in range(0, len(rewards), 4):
-        x = torch.tensor(rewards[i : i + 4])
-        advantages.append((x - x.mean()) / (x.std() + 1e-4))
-    return torch.cat(advantages).tolist()
+    return group_by_hand(rewards, 4, "grpo")
 
 
 def whitened(rewards: list[float]) -> list[float]:
@@ -372,7 +334,7 @@ def by_hand(
     good = advantages([reward(answer) for answer in drawn])
     assert any(good)
     for _ in range(2):
-        new = [read(policy, answer) for answer in drawn]
+        new = [read(policy, answer.prompt, answer.ids) for answer in drawn]
         old = old or [logprobs.detach() for logprobs, _ in new]
         tokens = []
         for (logprobs, entropy), before, advantage, answer in zip(new, old, good, drawn):
@@ -546,15 +508,8 @@ def small_critic(ran: Ran) -> None:
     # the policy's: the critic's rate is 0
     assert all(x.equal(whole[name]) for name, x in layers.items())
     again = ["run", "--model", MODELS["deep"], *CASES["small_critic"].flags]
-    command = [sys.executable, *ON_TOY, *again, "--steps", 4, "--resume", "auto"]
-    said = subprocess.run(
-        [str(word) for word in command],
-        cwd=ran.folder,
-        capture_output=True,
-        text=True,
-        check=True,
-        timeout=300,
-    ).stdout
+    again += ["--steps", 4, "--resume", "auto"]
+    said = launch.run(ON_TOY, *again, cwd=ran.folder).good().said
     # its own checkpoint is cut no further
     assert "policy 0.3M, critic 0.1M" in said and "step    4/4" in said
 
@@ -613,7 +568,8 @@ def new_engine(ran: Ran) -> None:
         for weight in engine.parameters():
             weight.copy_(rounded(weight))
         for answer in answers(rounded):
-            gaps.append(read(exact, answer)[0] - read(engine, answer)[0])
+            one, other = (read(model, answer.prompt, answer.ids)[0] for model in (exact, engine))
+            gaps.append(one - other)
     gap = torch.cat(gaps).abs().mean().item()
     assert gap > 1e-5
     assert ran.rows()[0]["mismatch/logp_abs_mean"] == pytest.approx(gap, rel=0.02)

@@ -175,28 +175,6 @@ def test_the_engine_and_the_trainer_agree(tiny, policy):
     assert (logprobs - batch.engine_logprobs).abs().max() < 1e-4
 
 
-def test_packed_neighbours_do_not_see_each_other(tiny, policy, critic):
-    """Guards leaks through attention or positions: sequence 0 changes, the others' numbers and
-    gradients stay."""
-    batch, other = make_batch(tiny, seed=0), make_batch(tiny, seed=1)
-    ids = batch.ids.clone()
-    ids[0] = other.ids[0]
-    results = []
-    for rows in (batch, batch._replace(ids=ids)):
-        p = pack(rows, [1, 0, 2, 4, 3])
-        others = p.index >= batch.ids.shape[1]  # row 0 of the flattened (B, T)
-        logprobs, entropy = (x[others] for x in kernels.policy_forward(policy, p, TEMPERATURE))
-        values = kernels.critic_forward(critic, p)
-        (logprobs + 0.1 * entropy).sum().backward()
-        (values[others] ** 2).sum().backward()
-        results.append(
-            (logprobs, entropy, values[others], gradient(policy), gradient(critic), values[~others])
-        )
-    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(results[0][:3], results[1][:3]))
-    assert all(close(a, b) for a, b in zip(results[0][3:5], results[1][3:5]))
-    assert not torch.allclose(results[0][5], results[1][5], atol=1e-2)  # the change was one
-
-
 def test_any_budget_and_any_order_give_the_same_gradient(tiny, policy, critic):
     """Guards a denominator per micro-batch, and numbers that land on another token's advantage or
     return."""

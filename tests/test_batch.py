@@ -63,6 +63,7 @@ def test_a_batch_is_a_function_of_the_step():
     random.seed(1)
     straight = [data.batch(rows, step, 16, 5, weights) for step in range(40)]
     random.seed(2)
+    data.order.cache_clear()  # a run that goes on has none
     for step in (39, 3, 20, 0):
         assert data.batch(lazy(a=50, b=70, c=9), step, 16, 5, weights) == straight[step]
     assert data.batch(rows, 3, 16, 6, weights) != straight[3]
@@ -81,7 +82,7 @@ MIXTURES = [
 
 
 @pytest.mark.parametrize("weights", MIXTURES, ids=str)
-@pytest.mark.parametrize("steps, size", [(40, 256), (1_429, 7), (10_000, 1), (10, 1_000)])
+@pytest.mark.parametrize("steps, size", [(40, 256), (1_429, 7), (4_000, 1), (10, 1_000)])
 def test_shares_are_kept_at_every_prefix(weights, steps, size):
     """Guards shares that are rounded in every batch (0.001 of 256 is none), drift, or are drawn by chance."""
     rows = {task: Lazy(task, 50 + 977 * i) for i, task in enumerate(weights)}

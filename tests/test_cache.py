@@ -1,17 +1,16 @@
-"""What is kept on disk: the cache of loaded files, four processes at once, memory, and python data.py eurus."""
+"""What is kept on disk: the cache of loaded files, three processes at once, memory, and python data.py eurus."""
 
 import json
-import os
 import random
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import fixtures
+import launch
 import pyarrow.parquet as pq
 import pytest
 from fixtures import UTF8, eurus, mark
@@ -32,20 +31,23 @@ def plain(loaded) -> list:
     return [*splits, loaded.weights, loaded.report]
 
 
-def test_the_second_load_is_fast_and_equal(tmp_path, tok):
+def fail(*_, **__):
+    raise AssertionError("made again")
+
+
+def test_the_second_load_is_equal_and_makes_nothing(tmp_path, tok, monkeypatch):
     """Guards a cache that is never found again, or that holds something else than what was found."""
-    write_parquet(
-        tmp_path / "train.parquet",
-        [eurus(n, "math", f"x+{n}", "word " * 50) for n in range(100, 400)],
-    )
+    rows = [eurus(n, "math", f"x+{n}" if n < 110 else f"{n}") for n in range(100, 400)]
+    write_parquet(tmp_path / "train.parquet", rows)
     write_parquet(tmp_path / "test.parquet", [eurus(1, "math", "4")])
-    source, seconds, made = data.Source(task="math", data=(str(tmp_path),), template="chat"), [], []
-    for _ in range(4):
-        began = time.perf_counter()
-        made.append(data.load(source, tok))
-        seconds.append(time.perf_counter() - began)
-    assert plain(made[0]) == plain(made[1]) and len(made[0].train["math"]) == 300
-    assert min(seconds[1:]) < max(0.3, seconds[0] / 3), seconds
+    source = data.Source(task="math", data=(str(tmp_path),), template="chat")
+    first = data.load(source, tok)
+    for name in ("prepare", "ask_verifier"):
+        monkeypatch.setattr(data, name, fail)
+    assert plain(data.load(source, tok)) == plain(first) and len(first.train["math"]) == 300
+    write_parquet(tmp_path / "train.parquet", rows[1:])
+    with pytest.raises(AssertionError, match="made again"):
+        data.load(source, tok)
 
 
 def test_the_cache_is_never_stale(tmp_path, tok):
@@ -80,58 +82,62 @@ def test_the_cache_is_never_stale(tmp_path, tok):
     assert len(load(tok, tmp_path).train["math"]) == 32
 
 
+# one rank: loads files and generated rows, and says what it has found and what memory that took
 SCRIPT = """
-import hashlib, json, sys
+import functools, hashlib, json, sys
 from transformers import AutoTokenizer  # before our kernels.py can be found
 sys.path.insert(0, {root!r})
 import data, datasets
-tok = AutoTokenizer.from_pretrained(sys.argv[1])
+tokenizer, where, task = sys.argv[1:]
+data.TASKS["countdown3"] = functools.partial(data.TASKS["countdown3"], train=300)
+tok = AutoTokenizer.from_pretrained(tokenizer)
 def memory():
-    lines = [line.split() for line in open("/proc/self/status") if line.startswith(("RssAnon", "VmHWM"))]
-    return {{words[0][:-1]: int(words[1]) // 1024 for words in lines}}
+    lines = [line.split() for line in open("/proc/self/status") if line.startswith("RssAnon")]
+    return int(lines[0][1]) // 1024
 before = memory()
-loaded = data.load(data.Source(task="math,code", data=(sys.argv[2],), template="chat"), tok)
+loaded = data.load(data.Source(task=task, data=(where,), template="chat"), tok)
+made = data.load(data.Source(task="countdown3"), tok)
 after, digest, tests, count = memory(), hashlib.sha256(), 0, 0
-for split in loaded[:2]:
-    for task, rows in sorted(split.items()):
+for split in [*loaded[:2], *made[:2]]:
+    for name, rows in sorted(split.items()):
         for row in rows:
             digest.update(json.dumps(row, sort_keys=True).encode())
-            tests, count = tests + len(str(row["answer"])), count + 1
+            tests, count = tests + len(str(row["answer"])), count + (name != "countdown3")
 digest.update(loaded.report.encode())
-made = {{"before": before, "after": after, "read": memory(), "tests": tests, "rows": count}}
-print(json.dumps(made | {{"digest": digest.hexdigest()}}))
+grown = max(after, memory()) - before
+print(json.dumps({{"grown": grown, "tests": tests, "rows": count, "digest": digest.hexdigest()}}))
 """
 
 
-def start(folder: Path, where: Path, cache: Path, **options) -> subprocess.Popen:
-    command = [sys.executable, "-c", SCRIPT.format(root=str(ROOT)), str(folder), str(where)]
-    environment = os.environ | {"HF_DATASETS_CACHE": str(cache)}
-    options |= {"cwd": folder, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, env=environment, **options)
+def start(folder: Path, where: Path, task: str = "math,code") -> launch.Job:
+    (where / "rank.py").write_text(SCRIPT.format(root=str(ROOT)))
+    environment = {"HF_DATASETS_CACHE": str(where / "cache")}
+    return launch.start(where / "rank.py", folder, where, task, env=environment)
 
 
-def result(process: subprocess.Popen) -> dict:
-    out, errors = process.communicate(timeout=300)
-    assert process.returncode == 0, errors[-3_000:]
-    return json.loads(out.splitlines()[-1])
+def result(job: launch.Job) -> dict:
+    return json.loads(job.wait().good().said.splitlines()[-1])
 
 
 def test_ranks_load_at_once(tmp_path, folder):
-    """Guards ranks that write the same cache file together: one reads half of it, or all wait for ever."""
-    rows = [
-        eurus(n, *(("code", fixtures.GOOD_TESTS[n % 3]) if n % 5 == 0 else ("math", f"{n}/7")))
-        for n in range(600)
-    ]
+    """Guards ranks that write the same cache file together, of read rows or of generated ones: one reads half of it, or
+    all wait for ever."""
+    rows = []
+    for n in range(600):
+        if n % 5 == 0:
+            rows.append(eurus(n, "code", fixtures.GOOD_TESTS[n % 3]))
+        else:
+            rows.append(eurus(n, "math", f"{n}/7" if n % 50 == 1 else f"{n}"))
     write_parquet(tmp_path / "train.parquet", rows[40:] + [eurus(9_999, "math", "")])
     write_parquet(tmp_path / "test.parquet", rows[:40])
-    ranks = [start(folder, tmp_path, tmp_path / "cache") for _ in range(3)]
-    digests = {result(rank)["digest"] for rank in ranks}
-    assert (
-        len(digests) == 1
-        and result(start(folder, tmp_path, tmp_path / "cache"))["digest"] in digests
-    )
+    ranks = [start(folder, tmp_path) for _ in range(3)]
+    (digest,) = {result(rank)["digest"] for rank in ranks}
+    assert result(start(folder, tmp_path))["digest"] == digest
+    kept = {file.suffix for file in (tmp_path / "cache").glob("*.*")}
+    assert kept == {".json", ".lock"}
 
 
+@pytest.mark.full
 def test_a_load_that_was_killed(tmp_path, folder):
     """Guards a lock that nobody opens again, and half a file that is taken for a whole one."""
     programs = [eurus(n, "code", fixtures.GOOD_TESTS[0]) for n in range(10)]
@@ -139,16 +145,16 @@ def test_a_load_that_was_killed(tmp_path, folder):
     write_parquet(tmp_path / "train.parquet", programs[1:] + formulas[1:])
     write_parquet(tmp_path / "test.parquet", programs[:1] + formulas[:1])
     for wait in (0.0, 1.0):
-        killed = start(folder, tmp_path, tmp_path / "cache", start_new_session=True)
-        while killed.poll() is None and not list((tmp_path / "cache").glob("*/*")):
+        killed = start(folder, tmp_path)
+        while killed.process.exitcode is None and not list((tmp_path / "cache").glob("*/*")):
             time.sleep(0.02)
         time.sleep(wait)
-        os.killpg(killed.pid, signal.SIGKILL)
-        killed.wait()
-        assert killed.returncode == -signal.SIGKILL
-    assert result(start(folder, tmp_path, tmp_path / "cache"))["rows"] == 6_010
+        killed.kill()
+        assert killed.process.exitcode == -signal.SIGKILL
+    assert result(start(folder, tmp_path))["rows"] == 6_010
 
 
+@pytest.mark.full
 def test_unit_tests_stay_on_disk(tmp_path, folder):
     """Guards every rank of a node holding every unit test in memory: 1.7 GB each for Eurus-2-RL-Data."""
     pieces = [random.Random(n).randbytes(500_000).hex() for n in range(4)]
@@ -166,9 +172,8 @@ def test_unit_tests_stay_on_disk(tmp_path, folder):
         [eurus(901, "math", "4"), eurus(902, "code", fixtures.GOOD_TESTS[0])],
     )
     del rows
-    made = result(start(folder, tmp_path, tmp_path / "cache"))
-    grown = [made[when]["RssAnon"] - made["before"]["RssAnon"] for when in ("after", "read")]
-    assert made["tests"] > 300e6 and max(grown) < 150, made
+    made = result(start(folder, tmp_path))
+    assert made["tests"] > 300e6 and made["grown"] < 150, made
 
 
 def shape(rows) -> list:
@@ -177,30 +182,14 @@ def shape(rows) -> list:
     )
 
 
-@pytest.mark.parametrize("template", ["base", "chat"])
+@pytest.mark.parametrize("template", ["chat", pytest.param("base", marks=pytest.mark.full)])
 def test_the_command_writes_what_was_kept(tmp_path, folder, tok, template):
     """Guards a filtered copy with other rows, other columns, or rows that the next load drops."""
     fixtures.eurus_folder(tmp_path / "in")
-    command = [
-        sys.executable,
-        str(ROOT / "data.py"),
-        "eurus",
-        "--out",
-        str(tmp_path / "out"),
-        "--template",
-        template,
-    ]
-    command += [
-        "--data",
-        str(tmp_path / "in"),
-        "--model",
-        str(folder),
-        "--max_prompt_tokens",
-        "1000",
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr[-3_000:]
-    assert re.search(UTF8, done.stdout) and "taco" in done.stdout
+    flags = ["--out", tmp_path / "out", "--data", tmp_path / "in", "--template", template]
+    flags += ["--model", folder, "--max_prompt_tokens", 1000]
+    done = launch.run("data.py", "eurus", *flags).good()
+    assert re.search(UTF8, done.said) and "taco" in done.said
     for name in ("train", "validation"):
         assert (
             pq.read_schema(tmp_path / "out" / f"{name}.parquet")
@@ -224,17 +213,16 @@ def test_generated_rows_are_made_once(tmp_path, tok, monkeypatch):
     """Guards seven seconds of CPU at every start on every rank, and remembered rows that differ, or that are taken for
     those of another seed, template or tokenizer."""
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    few = partial(data.TASKS["countdown3"], train=300)
+    monkeypatch.setitem(data.TASKS, "countdown3", few)
     rows = generated(tok)
     chat = generated(tok, template="chat")
     other = generated(fixtures.tokenizer(tmp_path / "other", first=5))
-    assert rows[0] != other[0] and rows[0] != chat[0] and len(rows[0]["countdown3"]) == 10_000
+    assert rows[0] != other[0] and rows[0] != chat[0] and len(rows[0]["countdown3"]) == 300
     for seed in (0, 1):
         assert len(data.countdown("train", seed, "base", train=20)) == 20
     kept = sorted((tmp_path / "cache").glob("*.json"))
     assert len(kept) == 2 + 3 + 2  # problems of two splits, ids three times, problems of two seeds
-
-    def fail(*_):
-        raise AssertionError("made again")
 
     with monkeypatch.context() as patch:
         patch.setattr(data, "encode", fail)
@@ -247,24 +235,6 @@ def test_generated_rows_are_made_once(tmp_path, tok, monkeypatch):
     assert generated(tok) == rows
     monkeypatch.setenv("HF_DATASETS_CACHE", str(kept[0]))  # no folder, so that nothing can be kept
     assert generated(tok) == rows
-
-
-GENERATED = """
-import hashlib, json, sys
-from transformers import AutoTokenizer  # before our kernels.py can be found
-sys.path.insert(0, {root!r})
-import data
-loaded = data.load(data.Source(task="countdown3"), AutoTokenizer.from_pretrained(sys.argv[1]))
-print(json.dumps({{"digest": hashlib.sha256(json.dumps(loaded[:2]).encode()).hexdigest()}}))
-"""
-
-
-def test_ranks_generate_at_once(tmp_path, folder, monkeypatch):
-    """Guards ranks that write the same file together, and one that reads half of it."""
-    monkeypatch.setattr(sys.modules[__name__], "SCRIPT", GENERATED)
-    ranks = [start(folder, tmp_path, tmp_path / "cache") for _ in range(3)]
-    assert len({result(rank)["digest"] for rank in ranks}) == 1
-    assert {file.suffix for file in (tmp_path / "cache").iterdir()} <= {".json", ".lock"}
 
 
 def test_the_cache_is_where_that_of_datasets_is():

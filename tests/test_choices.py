@@ -1,27 +1,29 @@
 """Every choice of the algorithm against a few plain lines of the same formula.
 
-Pure functions are compared with loops over floats. Whole runs of two steps on tests/toy.py, each its own process, are
-computed once more by by_hand.py: plain transformers, one token at a time. The last tests are about the flags: what
-contradicts itself is told with what to change, and no flag or value is without a test.
+Pure functions are compared with loops over floats. Whole runs of two steps on tests/toy.py are computed once more by
+by_hand.py: plain transformers, one token at a time. The last tests are about the flags: what contradicts itself is told
+with what to change, and no flag or value is without a test.
 """
 
-import json
+import functools
 import math
 import re
+import shutil
 import statistics
-import subprocess
-import sys
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from typing import Literal, get_args, get_origin, get_type_hints
 
+import by_hand
+import launch
 import ppo
 import pytest
 import rollout
 import torch
 import toy
-from by_hand import OURS, ByHand, gae_by_hand
+from by_hand import ByHand, gae_by_hand
 from hypothesis import given as over
 from hypothesis import strategies as st
 
@@ -247,7 +249,7 @@ BASE = (
 RUNS = {
     "decoupled": "--gamma 0.95 --lam 0.9 --critic_lam 1.0 --tis_cap 0 --dtype fp32 lags",
     "critic_epochs": "--lam 0.9 --critic_lam 0.5 --critic_epochs 3 --value_clip 0.01 --loss_mean sequence lags",
-    "length": "--lam_adaptive 0.05 --max_new_tokens 40 --loss_mean constant --ppo_epochs 2 --critic_epochs 1 again "
+    "length": "--lam_adaptive 0.05 --max_new_tokens 40 --loss_mean constant --ppo_epochs 2 --critic_epochs 1 "
     "--minibatch_size 32 --clip_low 0.05 --clip_high 0.1 --dual_clip 1.12 --entropy_coef 0.05 --lr 3e-3",
     "warmup": "--critic_warmup 1 --lam 0.8 --critic_lam 0.8 --ppo_epochs 2 --tis_cap 1.5 lags",
     "reward-k3": "--kl_coef 0.2 --kl_in reward --kl_estimator k3 --lam 0.95 --gamma 0.9",
@@ -258,7 +260,14 @@ RUNS = {
     "reinforce++": "--advantage reinforce++ --gamma 0.9 --kl_coef 0.2 --kl_in reward --kl_estimator k2 --minibatch_size 32",
     "refill": "--advantage grpo --loss_mean sequence --kl_coef 0.2 --kl_in loss --kl_estimator k3 --refill 3 again",
 }
-TWO = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+
+
+def words_of(name: str) -> list[str]:
+    return f"{BASE} {RUNS[name]}".split()
+
+
+def flags_of(name: str) -> list[str]:
+    return [word for word in words_of(name) if word not in by_hand.OURS]
 
 
 @pytest.fixture(scope="module")
@@ -269,52 +278,26 @@ def model(tmp_path_factory) -> str:
 
 
 @pytest.fixture(scope="module")
-def made(request, model, tmp_path_factory) -> Path:
-    """The folder of the runs that the chosen tests ask for."""
+def made(model, tmp_path_factory) -> Callable[[str], Path]:
+    """made(name): the folder of that run, which is made when it is first asked for."""
     folder = tmp_path_factory.mktemp("runs")
-    chosen = [
-        getattr(item, "callspec", None)
-        for item in request.session.items
-        if item.path == Path(__file__)
-    ]
-    names = dict.fromkeys(
-        name for spec in chosen if spec for name in spec.params.get("runs", "").split()
-    )
-    jobs = [f"{folder}/{name}=--model {model} {BASE} {RUNS[name]}" for name in names]
-    subprocess.run([sys.executable, "tests/by_hand.py", *jobs], cwd=ROOT, timeout=280, check=True)
-    return folder
+
+    @functools.cache
+    def of(name: str) -> Path:
+        by_hand.run(str(folder / name), ["--model", model, *words_of(name)])
+        return folder / name
+
+    return of
 
 
-def lines(file: Path) -> list[dict]:
-    return [json.loads(line) for line in open(file)]
-
-
-def rows_of(out: Path) -> list[dict]:
-    """The metrics of a run that has reached its end."""
-    log = Path(f"{out}.log").read_text()
-    assert (
-        steps := re.search(r"steps \d+ to (\d+)", log)
-    ) and f"step {steps[1]:>4}/{steps[1]}" in log, log[-3000:]
-    return lines(out / "metrics.jsonl")
-
-
-def numbers(row: dict) -> dict:
-    """A row without what depends on the clock."""
-    return {
-        k: v
-        for k, v in row.items()
-        if not k.startswith(("time/", "perf/")) and "tokens_per_s" not in k
-    }
-
-
-@pytest.mark.parametrize("runs", [name for name in RUNS if name != "refill"])
-def test_two_steps_by_hand(made, model, runs):
+@pytest.mark.parametrize("name", [name for name in RUNS if name != "refill"])
+def test_two_steps_by_hand(made, model, name):
     """Guards every formula where it is used: which numbers go in, over which tokens they are averaged, by what they are
     scaled, in which epochs; and AdamW, by the weights after a step."""
-    out, words = made / runs, f"{BASE} {RUNS[runs]}".split()
-    metrics, samples = rows_of(out), lines(out / "samples.jsonl")
-    flags = ppo.parse_args(["--model", model, *(word for word in words if word not in OURS)])
-    hand = ByHand(flags, model, "lags" in words)
+    out = made(name)
+    metrics, samples = launch.metrics(out), launch.read_lines(out / "samples.jsonl")
+    flags = ppo.parse_args(["--model", model, *flags_of(name)])
+    hand = ByHand(flags, model, "lags" in words_of(name))
     for step, row in enumerate(metrics):
         start = out / "checkpoints" / f"step_{step}"
         if step:
@@ -343,37 +326,34 @@ def test_two_steps_by_hand(made, model, runs):
                 )
     hand.follow(out / "checkpoints" / f"step_{flags.steps}")
     assert step + 1 == flags.steps
-    assert ("critic none" in Path(f"{out}.log").read_text()) == (flags.advantage != "gae")
-    if runs == "length":  # nothing of these would be seen with short responses or small steps
+    if name == "length":  # nothing of these would be seen with short responses or small steps
         assert hand.bounded > 0 and max(len(s.ids) for s in hand.answers) > 20
-    if runs == "critic_epochs":
+    if name == "critic_epochs":
         assert metrics[1]["critic/clipfrac"] > 0.01
 
 
-@pytest.mark.parametrize("runs", [name for name, flags in RUNS.items() if "again" in flags])
-def test_resume_is_exact_for_each_kind(made, runs):
+@pytest.mark.parametrize("name", [name for name, words in RUNS.items() if "again" in words])
+def test_resume_is_exact_for_each_kind(made, model, tmp_path, name):
     """Guards a checkpoint without a critic, flags that are lists or words, the adapted KL coefficient, and refilling
     that depends on more than seed and step: the last step once more, in another process, is equal to the last bit."""
-    whole, again = rows_of(made / runs), rows_of(made / f"{runs}-again")
-    assert "nothing is left to do" not in Path(f"{made / runs}-again.log").read_text()
-    assert [numbers(row) for row in again] == [numbers(row) for row in whole]
-    if runs == "rloo":
+    again = tmp_path / "again"
+    shutil.copytree(made(name), again, symlinks=True)
+    shutil.rmtree(max(Path(again, "checkpoints").glob("step_*")))
+    flags = ["--model", model, *flags_of(name), "--resume", "auto"]
+    done = launch.run("tests/toy.py", again, *flags).good()
+    whole = [launch.numbers(row) for row in launch.metrics(made(name))]
+    assert f"step {len(whole):>4}/{len(whole)}" in done.said  # or equal rows would mean nothing
+    assert [launch.numbers(row) for row in launch.metrics(again)] == whole
+    if name == "rloo":
         assert len({row["policy/kl_coef"] for row in whole}) == len(whole) == 3
 
 
-@pytest.mark.parametrize("runs", ["refill grpo"])
-def test_refill_on_any_number_of_ranks(made, model, runs):
+def test_refill_on_any_number_of_ranks(made, model, tmp_path):
     """Guards refilling: more groups that can teach, as many samples; and, on two ranks, prompts that are drawn by rank,
     groups that ranks choose differently, and denominators of GRPO's means that know one rank only."""
-    refilled, plain = rows_of(made / "refill"), rows_of(made / "grpo")
-    command = [sys.executable, *TWO, "tests/toy.py", made / "two", "--model", model, *BASE.split()]
-    command += [word for word in RUNS["refill"].split() if word not in OURS] + [
-        "--offload",
-        "policy",
-        "reference",
-    ]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
+    refilled, plain = launch.metrics(made("refill")), launch.metrics(made("grpo"))
+    flags = ["--model", model, *flags_of("refill"), "--offload", "policy", "reference"]
+    launch.run("tests/toy.py", tmp_path / "two", *flags, ranks=2).good()
     assert all(
         a["reward/alike_frac"] < b["reward/alike_frac"] - 0.2 for a, b in zip(refilled, plain)
     )
@@ -385,12 +365,12 @@ def test_refill_on_any_number_of_ranks(made, model, runs):
         "reward/alike_frac",
         "policy/ref_kl",
     ]
-    for row, expected in zip(lines(made / "two" / "metrics.jsonl"), refilled, strict=True):
+    for row, expected in zip(launch.metrics(tmp_path / "two"), refilled, strict=True):
         assert [row[key] for key in keys] == pytest.approx(
             [expected[key] for key in keys], rel=1e-4, abs=1e-6
         )
     groups = defaultdict(list)
-    for sample in lines(made / "refill" / "samples.jsonl"):
+    for sample in launch.read_lines(made("refill") / "samples.jsonl"):
         groups[sample["step"]].append(sample["id"])
     assert [len(ids) for ids in groups.values()] == [8, 8]
 

@@ -1,23 +1,24 @@
-"""What a user types: flags, mistakes, the dry run, the programs that each file is."""
+"""What a user types: flags, mistakes, the memory plan, the dry run, evaluation alone.
+
+All but one in this process.
+"""
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
+import launch
 import pytest
 
 import ppo
+from tools import plan
 
 ROOT = Path(__file__).resolve().parent.parent
 SIZES = {"prompts_per_step": 64, "max_prompt_tokens": 32, "max_new_tokens": 128}
 
 
-def run(*command: str, cwd: Path = ROOT) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, *map(str, command)], cwd=cwd, capture_output=True, text=True, timeout=200
-    )
+def train(*flags) -> list[dict]:
+    return ppo.train(ppo.parse_args([str(flag) for flag in ("--engine", "torch", *flags)]))
 
 
 def test_flags_are_flat_and_typed(tiny):
@@ -92,202 +93,62 @@ def test_good_flags_pass(tiny, tmp_path):
     ppo.check(ppo.Args(model=tiny, out=str(tmp_path / "run"), **SIZES), 2)
 
 
-def test_a_long_prompt_is_an_error_with_numbers(tiny, tmp_path):
-    said = run(
-        "ppo.py",
-        "--model",
-        tiny,
-        "--task",
-        "countdown3",
-        "--engine",
-        "torch",
-        "--max_prompt_tokens",
-        "8",
-        "--max_new_tokens",
-        "8",
-        "--prompts_per_step",
-        "4",
-        "--out",
-        tmp_path / "run",
-    )
-    assert said.returncode != 0 and "allowed are 1 to max_prompt_tokens=8" in said.stderr
+def test_an_engine_stays_on_its_node(tiny, tmp_path, monkeypatch):
+    """Guards --tp over the network: two nodes of one process each are not two ranks of an engine."""
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+    args = ppo.Args(model=tiny, out=str(tmp_path / "run"), tp=2, **SIZES)
+    with pytest.raises(ValueError, match="tp=2 does not divide the 1 ranks"):
+        ppo.check(args, 2)
 
 
-def test_dry_run(tiny, tmp_path):
+def test_dry_run(tiny, tmp_path, capsys):
     """--steps 0 loads everything, prints the plan, samples and scores one batch, and trains nothing."""
-    said = run(
-        "ppo.py",
-        "--model",
-        tiny,
-        "--task",
-        "countdown",
-        "--template",
-        "chat",
-        "--engine",
-        "torch",
-        "--steps",
-        "0",
-        "--max_prompt_tokens",
-        "100",
-        "--max_new_tokens",
-        "8",
-        "--prompts_per_step",
-        "4",
-        "--kl_coef",
-        "0.1",
-        "--out",
-        tmp_path / "run",
-    )
-    assert said.returncode == 0, said.stderr[-2000:]
-    assert (
-        "plan: 4 prompts x 1 = 4 samples a step" in said.stdout
-        and "one batch: reward" in said.stdout
-    )
-    assert (
-        "response" in said.stdout and not (tmp_path / "run").exists()
-    )  # nothing in the way of the real run
+    flags = """--task countdown3 --template chat --steps 0 --max_prompt_tokens 100 --max_new_tokens 8
+        --prompts_per_step 4 --kl_coef 0.1""".split()
+    assert train(*flags, "--model", tiny, "--out", tmp_path / "run") == []
+    said = capsys.readouterr().out
+    assert "plan: 4 prompts x 1 = 4 samples a step" in said
+    assert "one batch: reward" in said and "response" in said
+    assert not (tmp_path / "run").exists()  # nothing in the way of the real run
 
 
 @pytest.mark.parametrize("gb, verdict", [(80, "fits in 80 GB"), (0.01, "does not fit in 0.01 GB")])
-def test_the_memory_plan_loads_nothing(tiny, tmp_path, gb, verdict):
+def test_the_memory_plan_loads_nothing(tiny, tmp_path, capsys, gb, verdict):
     """Guards --plan: the table and the verdict, for GPUs that are not there, without a weight or a row."""
     (tmp_path / "model").mkdir()
     shutil.copy(Path(tiny) / "config.json", tmp_path / "model")
-    said = run(
-        "ppo.py",
-        "--model",
-        tmp_path / "model",
-        "--plan",
-        "4",
-        gb,
-        "--max_prompt_tokens",
-        "100",
-        "--max_new_tokens",
-        "100",
-        "--kl_coef",
-        "0.1",
-        "--out",
-        tmp_path,
-    )
-    assert said.returncode == 0, said.stderr[-2000:]
-    assert (
-        verdict in said.stdout and "on each of 4 ranks" in said.stdout and "KV cache" in said.stdout
-    )
-    assert "reference weights" in said.stdout
+    flags = "--max_prompt_tokens 100 --max_new_tokens 100 --kl_coef 0.1 --out".split()
+    plan.main(["--model", str(tmp_path / "model"), "--plan", "4", str(gb), *flags, str(tmp_path)])
+    said = capsys.readouterr().out
+    assert verdict in said and "on each of 4 ranks" in said and "KV cache" in said
+    assert "reference weights" in said
 
 
 def test_a_wrong_memory_plan_says_what_is_expected():
-    """Guards --plan, which tyro does not read."""
-    said = run("ppo.py", "--plan", "4", "--model", "x")
-    assert (
-        said.returncode == 1
-        and "as in --plan 4 80" in said.stderr
-        and "Traceback" not in said.stderr
-    )
+    """Guards --plan, which tyro does not read: the program must find it before it parses its flags."""
+    ended = launch.run("ppo.py", "--plan", 4, "--model", "x")
+    assert ended.code == 1 and "as in --plan 4 80" in ended.said
+    assert "Traceback" not in ended.said
 
 
-def test_evaluation_alone(tiny, tmp_path):
-    """Guards --steps 0 with --eval_every: of a checkpoint, it says what the run itself said of it, and keeps every answer."""
-    flags = [
-        "--task",
-        "countdown3",
-        "--engine",
-        "torch",
-        "--max_prompt_tokens",
-        "64",
-        "--max_new_tokens",
-        "8",
-        "--lr",
-        "1e-2",
-        "--entropy_coef",
-        "1",
-        "--eval_rows",
-        "6",
-        "--eval_samples",
-        "3",
-        "--prompts_per_step",
-        "8",
-    ]
-    ran = run(
-        "ppo.py",
-        *flags,
-        "--model",
-        tiny,
-        "--steps",
-        "1",
-        "--eval_every",
-        "1",
-        "--out",
-        tmp_path / "run",
-    )
-    assert ran.returncode == 0, ran.stderr[-2000:]
-    policy = tmp_path / "run" / "checkpoints" / "step_1" / "policy"
-    said = run(
-        "ppo.py",
-        *flags,
-        "--model",
-        policy,
-        "--steps",
-        "0",
-        "--eval_every",
-        "1",
-        "--out",
-        tmp_path / "eval",
-    )
-    assert said.returncode == 0, said.stderr[-2000:]
-    before, after = [json.loads(line) for line in open(tmp_path / "run" / "metrics.jsonl")]
-    (alone,) = [json.loads(line) for line in open(tmp_path / "eval" / "metrics.jsonl")]
-    assert {key: alone[key] for key in after if key.startswith("eval/")} == {
-        k: v for k, v in after.items() if "eval/" in k
-    }
-    assert "eval/pass_at_2" in alone and alone != before and "eval/correct" in said.stdout
-    assert sum(1 for _ in open(tmp_path / "eval" / "samples.jsonl")) == 18
-
-
-def test_checkpoints_are_ordinary_folders(tiny, tmp_path):
-    """Guards the export: policy and critic load by from_pretrained, with the trained weights."""
-    from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, AutoTokenizer
-
-    said = run(
-        "ppo.py",
-        "--model",
-        tiny,
-        "--task",
-        "countdown3",
-        "--engine",
-        "torch",
-        "--steps",
-        "1",
-        "--lr",
-        "1e-2",
-        "--max_prompt_tokens",
-        "64",
-        "--max_new_tokens",
-        "8",
-        "--prompts_per_step",
-        "4",
-        "--kl_coef",
-        "0.1",
-        "--entropy_coef",
-        "0.1",
-        "--out",
-        tmp_path / "run",
-    )
-    assert said.returncode == 0, said.stderr[-2000:]
-    folder = tmp_path / "run" / "checkpoints" / "step_1"
-    before = AutoModelForCausalLM.from_pretrained(tiny)
-    policy = AutoModelForCausalLM.from_pretrained(folder / "policy")
-    critic = AutoModelForTokenClassification.from_pretrained(folder / "critic")
-    assert not any(a.equal(b) for a, b in zip(before.parameters(), policy.parameters()))
-    assert policy.config.architectures == ["Qwen2ForCausalLM"] and critic.score.out_features == 1
-    AutoTokenizer.from_pretrained(folder / "policy")
-    assert json.loads((tmp_path / "run" / "config.json").read_text())["kl_coef"] == 0.1
-    kept = {path.name for path in (tmp_path / "run").iterdir()}
+def test_evaluation_alone(tiny, tmp_path, capsys):
+    """Guards --steps 0 with --eval_every: of a checkpoint, it says what the run itself said of it, and keeps every
+    answer. And what a run leaves besides: its flags and its code."""
+    run, alone = tmp_path / "run", tmp_path / "alone"
+    flags = """--task countdown3 --max_prompt_tokens 64 --max_new_tokens 8 --lr 1e-2 --eval_rows 6
+        --entropy_coef 1 --eval_samples 3 --prompts_per_step 8 --eval_every 1""".split()
+    train(*flags, "--model", tiny, "--steps", 1, "--out", run)
+    policy = run / "checkpoints" / "step_1" / "policy"
+    capsys.readouterr()
+    train(*flags, "--model", policy, "--steps", 0, "--out", alone)
+    assert "eval/correct" in capsys.readouterr().out
+    before, after = launch.metrics(run)
+    (row,) = launch.metrics(alone)
+    evaluated = {key: value for key, value in after.items() if key.startswith("eval/")}
+    assert {key: row[key] for key in evaluated} == evaluated
+    assert "eval/pass_at_2" in row and any(row[key] != before[key] for key in evaluated)
+    assert len(launch.read_lines(alone / "samples.jsonl")) == 18
+    assert json.loads((run / "config.json").read_text())["entropy_coef"] == 1
+    kept = {path.name for path in run.iterdir()}
     assert {f"{name}.py" for name in "ppo data rewards rollout kernels".split()} <= kept
-    assert (tmp_path / "run" / "infra" / "run.py").exists()
-
-
-def test_data_answers_for_itself():
-    """Guards `python data.py`: rows of every task that needs no file."""
-    said = run("data.py")
-    assert said.returncode == 0 and len(said.stdout.splitlines()) > 4
+    assert (run / "infra" / "run.py").exists()

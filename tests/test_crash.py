@@ -6,18 +6,18 @@ process.
 """
 
 import argparse
+import functools
 import hashlib
 import json
 import os
 import random
 import shutil
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
 
 import crash
+import launch
 import pytest
 import torch.distributed as dist
 import toy
@@ -36,13 +36,11 @@ def model(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory, model) -> dict:
-    """Runs that were left alone: {ranks: what they left}."""
+def whole(tmp_path_factory, model):
+    """whole(ranks): what a run has left that was left alone."""
     folder = tmp_path_factory.mktemp("whole")
-    return {
-        world: crash.reference(world, folder, ["--model", model, *crash.FLAGS, *KL])
-        for world in (1, 2)
-    }
+    flags = ["--model", model, *crash.FLAGS, *KL]
+    return functools.cache(lambda world: crash.reference(world, folder, flags))
 
 
 @pytest.mark.parametrize(
@@ -73,20 +71,19 @@ def test_killed_runs_go_on(tmp_path, model, whole, world, chain):
     everything a step depends on: after each kill -9 the next start goes on from the newest whole
     checkpoint, and in the end all is as if nothing had happened, to the last bit. (Once nothing
     could be started after a kill in the first write of config.json.)"""
-    lines = crash.crash(
-        world, tmp_path / "run", ["--model", model, *crash.FLAGS, *KL], chain, whole[world]
-    )
+    flags = ["--model", model, *crash.FLAGS, *KL]
+    lines = crash.crash(world, tmp_path / "run", flags, chain, whole(world))
     assert not (wrong := [line for line in lines if line["wrong"]]), json.dumps(wrong, indent=1)
-    assert (
-        len(
-            {
-                row["policy/kl_coef"]
-                for row in whole[world]["metrics.jsonl"]
-                if "policy/kl_coef" in row
-            }
-        )
-        > 1
-    )
+    rows = whole(world)["metrics.jsonl"]
+    assert len({row["policy/kl_coef"] for row in rows if "policy/kl_coef" in row}) > 1
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("world", [1, 2])
+def test_killed_at_all_points(capsys, world):
+    """Guards every other place: all points of tests/crash.py."""
+    failed = crash.main([], 0, [world])
+    assert not failed, capsys.readouterr().out
 
 
 def test_ranks_may_change(tmp_path, model, whole):
@@ -94,12 +91,9 @@ def test_ranks_may_change(tmp_path, model, whole):
     process, on two ranks, and on one again, with the KL's controller, are the steps of one
     process."""
     for steps, world in ((2, 1), (4, 2), (6, 1)):
-        start = crash.launch(
-            world, tmp_path / "run", ["--model", model, *crash.FLAGS, *KL, "--steps", steps]
-        )
-        assert start["code"] == 0 and f"steps {steps - 2} to {steps}" in start["said"], start[
-            "said"
-        ][-3000:]
+        flags = ["--model", model, *crash.FLAGS, *KL, "--steps", steps]
+        said = launch.run("tests/toy.py", tmp_path / "run", *flags, ranks=world).good().said
+        assert f"steps {steps - 2} to {steps}" in said
     keys = [
         "policy/loss",
         "policy/grad_norm",
@@ -112,8 +106,8 @@ def test_ranks_may_change(tmp_path, model, whole):
         "reward/mean",
         "rollout/length_mean",
     ]
-    rows = [json.loads(text) for text in open(tmp_path / "run" / "metrics.jsonl")]
-    for row, expected in zip(rows, whole[1]["metrics.jsonl"], strict=True):
+    rows = launch.metrics(tmp_path / "run")
+    for row, expected in zip(rows, whole(1)["metrics.jsonl"], strict=True):
         for key in keys if row["step"] else ["eval/correct"]:
             assert row[key] == pytest.approx(expected[key], rel=1e-4, abs=1e-6), (row["step"], key)
 
@@ -162,6 +156,10 @@ def saved(tmp_path_factory, model) -> Path:
 
 def resume(out: Path, model: Path, *more: str) -> list[dict]:
     return toy.run(str(out), "--model", str(model), *SMALL, "--resume", "auto", *more)
+
+
+def same_numbers(rows: list[dict], others: list[dict]) -> bool:
+    return [launch.numbers(row) for row in rows] == [launch.numbers(row) for row in others]
 
 
 def digests(folder: Path, but: tuple = ()) -> dict[str, str]:
@@ -215,8 +213,7 @@ def test_a_damaged_checkpoint_is_not_used(tmp_path, model, saved, capsys, name):
     )
     after = {"2": before[2], "3": before[3], "4.damaged": before[4]}
     assert {step: digests(out / "checkpoints" / f"step_{step}") for step in after} == after
-    whole = [crash.timeless(json.loads(text)) for text in open(saved / "metrics.jsonl")]
-    assert [crash.timeless(row) for row in rows] == whole
+    assert same_numbers(rows, launch.metrics(saved))
     assert (
         not damage(out / "checkpoints" / "latest")
         and os.readlink(out / "checkpoints" / "latest") == "step_4"
@@ -274,7 +271,7 @@ def test_no_flipped_bit_gets_through(tmp_path, saved):
 def test_every_shard_is_listed(whole):
     """Guards the list of files, by which a missing one is noticed, against holding only those of
     rank 0."""
-    files = {name for name in whole[2]["files"] if "-of-00002" in name}
+    files = {name for name in whole(2)["files"] if "-of-00002" in name}
     assert len(files) == 8, files  # weights and moments of two models, from two ranks
 
 
@@ -326,27 +323,11 @@ def test_other_folders_are_left_alone(tmp_path, model):
 # -------------------------------------------------------------------------------------------------------------- disks
 
 
-def mounted(script: str, **values) -> str:
-    """What a shell script prints that may mount: its mounts are its own and end with it."""
-    for unshare in (["unshare", "-m"], ["unshare", "-rm"]):
-        try:
-            probe = [*unshare, "sh", "-c", "mount -t tmpfs tmpfs /mnt"]
-            subprocess.run(probe, check=True, capture_output=True, timeout=60)
-            break
-        except (OSError, subprocess.CalledProcessError) as error:
-            reason = getattr(error, "stderr", None) or error
-    else:
-        pytest.skip(f"nothing can be mounted here: {reason}")
-    toy_run = f'"{sys.executable}" tests/toy.py'
-    env = (
-        os.environ
-        | {"RUN": toy_run, "FLAGS": " ".join(SMALL)}
-        | {k: str(v) for k, v in values.items()}
-    )
-    pipe = {"capture_output": True, "text": True, "timeout": 280}
-    done = subprocess.run([*unshare, "sh", "-ec", script], cwd=crash.ROOT, env=env, **pipe)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    return done.stdout
+def on_a_disk(what: str, folder: Path, model: Path, *rest) -> launch.Ended:
+    end = launch.run("tests/disks.py", what, folder, model, *rest)
+    if end.code == 77:
+        pytest.skip(end.said.strip().splitlines()[-1])
+    return end
 
 
 def test_a_full_disk(tmp_path, model, saved):
@@ -355,54 +336,29 @@ def test_a_full_disk(tmp_path, model, saved):
     sizes = {path: path.stat().st_size for path in saved.rglob("*") if path.is_file()}
     size = sum(size for path, size in sizes.items() if "checkpoints" not in path.parts)
     size += int(2.5 * sum(size for path, size in sizes.items() if "step_4" in path.parts))
-    (tmp_path / "disk").mkdir()
-    said = mounted(
-        """
-        mount -t tmpfs -o size=$SIZE tmpfs $TMP/disk
-        eval $RUN $TMP/disk/run --model $MODEL $FLAGS > $TMP/first 2>&1 && exit 3
-        ls $TMP/disk/run/checkpoints | tr '\\n' ' '
-        cd $TMP/disk/run/checkpoints; find step_1 step_2 -type f | sort | xargs sha256sum > $TMP/before
-        mount -o remount,size=100m $TMP/disk
-        cd $OLDPWD; eval $RUN $TMP/disk/run --model $MODEL $FLAGS --keep_last 0 --resume auto > $TMP/second 2>&1
-        cd $TMP/disk/run/checkpoints; sha256sum --quiet -c $TMP/before
-        ls | tr '\\n' ' '; cp ../metrics.jsonl $TMP
-        """,
-        SIZE=size,
-        TMP=tmp_path,
-        MODEL=model,
-    )
-    assert said.split() == "latest step_1 step_2 latest step_1 step_2 step_3 step_4".split()
-    first = (tmp_path / "first").read_text().strip().splitlines()[-1]
+    said = on_a_disk("full", tmp_path, model, size, *SMALL).good().said
+    (error,) = [line for line in said.splitlines() if line.startswith("the first ended with: ")]
     for part in (
         "run/checkpoints/step_3 could not be",
         "No space left",
         "step_2. Make room, then --resume auto",
     ):
-        assert part in first, first
-    assert "steps 2 to 4" in (tmp_path / "second").read_text()
-    rows, expected = (
-        [crash.timeless(json.loads(x)) for x in open(f / "metrics.jsonl")]
-        for f in (tmp_path, saved)
-    )
-    assert rows == expected
+        assert part in error, error
+    first, second = (tmp_path / name / "checkpoints" for name in ("first", "second"))
+    assert sorted(os.listdir(first)) == ["latest", "step_1", "step_2"]
+    assert sorted(os.listdir(second)) == ["latest", "step_1", "step_2", "step_3", "step_4"]
+    for step in ("step_1", "step_2"):
+        assert digests(first / step) == digests(second / step)
+    assert "steps 2 to 4" in said
+    assert same_numbers(launch.metrics(tmp_path / "second"), launch.metrics(saved))
 
 
 def test_a_read_only_folder(tmp_path, model, saved):
     """Guards the checkpoints, and the message: which file, what to do."""
     shutil.copytree(saved, tmp_path / "run", symlinks=True)
     before = digests(tmp_path / "run")
-    mounted(
-        """
-        mount --bind $TMP/run $TMP/run; mount -o remount,ro,bind $TMP/run
-        eval $RUN $TMP/run --model $MODEL $FLAGS --steps 5 --resume auto > $TMP/said 2>&1 && exit 3 || true
-        """,
-        TMP=tmp_path,
-        MODEL=model,
-    )
-    said = (tmp_path / "said").read_text().strip()[-600:]
-    assert (
-        "Read-only file system" in said
-        and f"{tmp_path}/run/" in said
-        and "make it writable" in said
-    ), said
+    end = on_a_disk("read-only", tmp_path / "run", model, *SMALL, "--steps", "5")
+    said = end.said.strip()[-600:]
+    assert end.code == 1 and "Read-only file system" in said
+    assert f"{tmp_path}/run/" in said and "make it writable" in said
     assert digests(tmp_path / "run") == before

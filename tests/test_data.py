@@ -34,6 +34,9 @@ def solve(numbers: list[int], target: int) -> str | None:
     return search([(Fraction(n), str(n)) for n in numbers])
 
 
+gym_problems = functools.cache(data.gym_problems)  # a process each time
+
+
 @functools.cache
 def rows(task: str, split: str) -> list[dict]:
     return data.TASKS[task](split, 0, "base")
@@ -45,7 +48,7 @@ GENERATED = [(task, split) for task in ("countdown", "countdown3") for split in 
 @pytest.mark.parametrize("task, split", GENERATED)
 def test_countdown_problems_have_a_solution(task, split):
     """Guards problems that nobody can solve: they would score 0 for ever and look like a hard task."""
-    for row in random.Random(0).sample(rows(task, split), 40):
+    for row in random.Random(0).sample(rows(task, split), 12):
         expression = solve(**row["answer"])
         value, used = rewards.evaluate(expression)
         assert value == row["answer"]["target"] and sorted(used) == sorted(row["answer"]["numbers"])
@@ -53,8 +56,9 @@ def test_countdown_problems_have_a_solution(task, split):
 
 @pytest.mark.parametrize("task, split", GENERATED)
 def test_countdown_rows_are_as_documented(task, split):
-    """Guards numbers and targets out of range, duplicate problems and duplicate ids."""
+    """Guards numbers and targets out of range, duplicate problems and duplicate ids, and a task without a reward."""
     problems = rows(task, split)
+    assert {row["task"] for row in problems} <= rewards.REWARDS.keys()
     sizes, most = ((3,), 20) if task == "countdown3" else ((3, 4), 99)
     for row in problems:
         numbers, target = row["answer"]["numbers"], row["answer"]["target"]
@@ -103,14 +107,17 @@ def test_templates_say_numbers_and_target():
 @pytest.mark.parametrize("name", ["isomorphic_strings", "list_functions"])
 def test_reasoning_gym_asks_the_same_everywhere(name):
     """Guards ranks that train on different problems: some tasks of the package depend on the order of sets, or on the
-    global random state. And a training row that is asked in the test split, too."""
-    first, again = (data.gym(name, "test", seed, "chat") for seed in (0, 5))
-    assert first == again and len(first) > 200
-    train = data.gym(name, "train", 0, "chat")
-    asked = {row["prompt"][0]["content"] for row in train}
-    assert train == data.gym(name, "train", 0, "chat") and not asked & {
-        row["prompt"][0]["content"] for row in first
-    }
+    global random state."""
+    assert gym_problems(name, 0, 256) == data.gym_problems(name, 0, 256)
+
+
+def test_reasoning_gym_splits(monkeypatch):
+    """Guards a training row that is asked in the test split too, and test rows that know the seed."""
+    monkeypatch.setattr(data, "gym_problems", gym_problems)
+    train, test = (data.gym("isomorphic_strings", s, 5, "chat") for s in ("train", "test"))
+    asked, held = ({row["prompt"][0]["content"] for row in split} for split in (train, test))
+    assert len(held) == len(gym_problems("isomorphic_strings", 0, 256)) > 200
+    assert len(asked) > 1000 and not asked & held
 
 
 def test_load_of_generated_rows(tiny):
@@ -174,6 +181,7 @@ def test_batch_is_a_function_of_the_step():
     random.seed(1)
     straight = [data.batch(items, step, 4, seed=5) for step in range(9)]
     random.seed(2)
+    data.order.cache_clear()  # a run that goes on has none
     assert [data.batch(items, step, 4, seed=5) for step in (8, 7, 0)] == [
         straight[8],
         straight[7],

@@ -1,12 +1,15 @@
 """Every way to train equals the plain one, and sequences of a packed row do not know of each
 other."""
 
+import functools
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import exact
+import launch
 import pytest
 import torch
 from transformers.utils import is_flash_attn_2_available
@@ -16,20 +19,6 @@ import kernels
 from infra import dist, models
 
 # ----------------------------------------------------------------------- every way is the plain one
-
-
-def program(folder: Path, ranks: int = 0, **env: str) -> None:
-    """tests/exact.py in its own processes."""
-    launch = (
-        ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
-        if ranks
-        else []
-    )
-    command = [sys.executable, *launch, exact.__file__, str(folder)]
-    done = subprocess.run(
-        command, env=os.environ | env, capture_output=True, text=True, timeout=280
-    )
-    assert done.returncode == 0, done.stderr[-5000:]
 
 
 @pytest.fixture(scope="module")
@@ -45,24 +34,28 @@ def expected(folders) -> dict[str, exact.Result]:
 
 
 @pytest.fixture(scope="module")
-def found(folders) -> list[dict[tuple[str, str], exact.Result]]:
-    """What each rank of each launch has found."""
-    results = [exact.run_ways(folders, 1)]
-    for ranks in (2, 4):
-        program(folders, ranks)
-        results += [torch.load(folders / f"{ranks}-{rank}.pt") for rank in range(ranks)]
-    return [{key: exact.Result(*value) for key, value in rank.items()} for rank in results]
+def found(folders) -> Callable:
+    """found(world): what each rank of a run of all ways of so many ranks has found."""
+
+    @functools.cache
+    def of(world: int) -> list[dict[tuple[str, str], exact.Result]]:
+        if world == 1:
+            return [exact.run_ways(folders, 1)]
+        launch.run("tests/exact.py", folders, ranks=world).good()
+        ranks = [torch.load(folders / f"{world}-{rank}.pt") for rank in range(world)]
+        return [{key: exact.Result(*value) for key, value in rank.items()} for rank in ranks]
+
+    return of
 
 
 def pairs(
-    found: list, expected: dict, way: exact.Way
+    found: Callable, expected: dict, way: exact.Way
 ) -> list[tuple[str, exact.Result, exact.Result]]:
     """(case, what a rank has, the plain result): all ranks must have it, and so replicas may not
     drift apart."""
-    ranks = [rank for rank in found if (way.name, "qwen2-critic") in rank]
-    assert len(ranks) == way.world
+    cases = exact.CASES_OF_4 if way.world == 4 else exact.CASES
     return [
-        (case, rank[way.name, case], plain) for rank in ranks for case, plain in expected.items()
+        (case, rank[way.name, case], expected[case]) for rank in found(way.world) for case in cases
     ]
 
 
@@ -146,7 +139,12 @@ def test_new_weights_are_those_of_plain_models(found, expected, way):
 
 @pytest.fixture(scope="module")
 def liger(folders) -> dict[str, exact.Patched]:
-    program(folders, TRITON_INTERPRET="1")
+    """From a real start of Python: Triton reads TRITON_INTERPRET when it is imported, and what
+    tests/launch.py forks has imported it."""
+    command = [sys.executable, exact.__file__, str(folders)]
+    env = os.environ | {"TRITON_INTERPRET": "1"}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr[-5000:]
     return {case: exact.Patched(*value) for case, value in torch.load(folders / "liger.pt").items()}
 
 
@@ -174,7 +172,7 @@ def test_ligers_layers_are_the_plain_ones(liger, case):
 SEQUENCES = [9, 2, 17, 4]  # their lengths
 
 
-def load(folder: Path, attention: str, training: bool):
+def load(folder: Path, attention: str, training: bool = True):
     if attention == "flash_attention_2" and not is_flash_attn_2_available():
         pytest.skip("the package flash_attn is not installed, or finds no GPU")
     kernels.setup("qwen2", liger=False, progress=False, bf16=False, attention=attention)
@@ -219,20 +217,20 @@ def leak(model, forward=None) -> float:
 
 
 ATTENTIONS = ["varlen", "sdpa", "eager", "flex_attention", "flash_attention_2"]
-every_attention = pytest.mark.parametrize("attention", ATTENTIONS)
-every_mode = pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+# flex_attention has no backward on CPU
+WITH_BACKWARD = [x for x in ATTENTIONS if x != "flex_attention" or torch.cuda.is_available()]
 
 
-@every_mode
-@every_attention
-def test_a_sequence_does_not_move_its_neighbours(folders, attention, training):
+@pytest.mark.parametrize("attention", ATTENTIONS)
+def test_a_sequence_does_not_move_its_neighbours(folders, attention):
     """Guards attention across the boundaries in a packed row, forward: not even a rounding error
     may come through."""
     cases = exact.ARCHITECTURES
     if attention == "flex_attention":  # compiles long
         cases = cases[:1]
     for case in cases:
-        assert leak(load(folders / case, attention, training)) == 0.0, case
+        for training in (True, False):
+            assert leak(load(folders / case, attention, training)) == 0.0, (case, training)
 
 
 def keep_inputs(model) -> list:
@@ -247,16 +245,13 @@ def keep_inputs(model) -> list:
     return inputs
 
 
-@every_mode
-@every_attention
-def test_no_gradient_comes_from_a_neighbour(folders, attention, training):
+@pytest.mark.parametrize("attention", WITH_BACKWARD)
+def test_no_gradient_comes_from_a_neighbour(folders, attention):
     """Guards attention across the boundaries in a packed row, backward: a loss on one sequence has
     a gradient of exactly 0 at the inputs of all others, and gives the same gradients of the weights
     whatever the others are."""
-    if attention == "flex_attention" and not torch.cuda.is_available():
-        pytest.skip("flex_attention has no backward on CPU")
     for case in exact.ARCHITECTURES:
-        model = load(folders / case, attention, training)
+        model = load(folders / case, attention)
         inputs = keep_inputs(model)
         for own in range(len(SEQUENCES)):
             gradients = []
@@ -271,14 +266,13 @@ def test_no_gradient_comes_from_a_neighbour(folders, attention, training):
                 assert all(torch.equal(x, y) for x, y in zip(others, gradients[0])), case
 
 
-@every_mode
 @pytest.mark.parametrize("fault", ["attention_mask", "use_cache"])
 @pytest.mark.parametrize("attention, leaks", [("sdpa", True), ("eager", True), ("varlen", False)])
-def test_the_known_leak_is_noticed(folders, attention, leaks, fault, training):
+def test_the_known_leak_is_noticed(folders, attention, leaks, fault):
     """Guards the two tests above: with an attention mask of ones, or with the cache that is
     transformers' default, its own attentions let packed sequences see each other. Ours knows no
     masks."""
-    model = load(folders / "qwen2-tied-policy", attention, training)
+    model = load(folders / "qwen2-tied-policy", attention)
     options = {
         "attention_mask": torch.ones(1, sum(SEQUENCES) - len(SEQUENCES), dtype=torch.long),
         "use_cache": False,

@@ -1,72 +1,56 @@
 """What a run leaves is an ordinary model: it loads anywhere, and a fresh engine answers with it as
 the trainer did.
 
-Runs on one process and on two ranks, tied and untied, are made once; all tests look at what they
-left. The last one samples with plain PyTorch and has a critic of another architecture, so that
-every answer there has a second opinion.
+Three runs, each made once, when a test first wants it. Two are the same one, on one rank and on two ("tied1", "tied2");
+they sample with plain PyTorch, so that every answer has a second opinion. The third, on two ranks, has an untied head,
+a critic of another architecture, and vLLM.
 """
 
+import functools
 import json
 import shutil
-import subprocess
 import sys
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 
-import pytest
-import torch
-from safetensors.torch import load_file
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import ppo  # noqa: E402, I001  (first: the guard for the name `kernels`)
 
-ROOT = Path(__file__).resolve().parent.parent
-TWO = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-ASK = [
-    "--task",
-    "countdown3",
-    "--max_prompt_tokens",
-    "64",
-    "--max_new_tokens",
-    "24",
-    "--eval_rows",
-    "6",
-    "--eval_every",
-    "1",
-    "--eval_temperature",
-    "0",
-]
-LEARN = [
-    "--prompts_per_step",
-    "8",
-    "--samples_per_prompt",
-    "2",
-    "--max_tokens_per_microbatch",
-    "400",
-    "--steps",
-    "2",
-    "--no-gradient_checkpointing",
-    "--save_every",
-    "1",
-    "--keep_best",
-    "eval/length_mean",
-    "--lr",
-    "1e-2",
-    "--critic_lr",
-    "1e-2",
-    "--entropy_coef",
-    "0.1",
-]
+import launch  # noqa: E402
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from safetensors.torch import load_file  # noqa: E402
+from transformers import (  # noqa: E402
+    AutoModelForCausalLM,
+    AutoModelForTokenClassification,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForTokenClassification,
+)
+
+import rewards  # noqa: E402
+import rollout  # noqa: E402
+from infra import watchdog  # noqa: E402
+
 EVAL_ROWS = 6
-RUNS = ["tied1", "tied2", "untied1", "untied2"]  # the number of ranks
+MOST = 24  # tokens of an answer
+ASK = f"""--task countdown3 --max_prompt_tokens 64 --max_new_tokens {MOST} --eval_rows {EVAL_ROWS}
+    --eval_every 1 --eval_temperature 0""".split()
+LEARN = """--prompts_per_step 8 --samples_per_prompt 2 --max_tokens_per_microbatch 400 --steps 2
+    --no-gradient_checkpointing --save_every 1 --keep_best eval/length_mean --lr 1e-2
+    --critic_lr 1e-2 --entropy_coef 0.1""".split()
+RUNS = ["tied1", "tied2", "untied2"]  # the number of ranks
+ASKED = {"tied2": 1, "untied2": 2}  # the step whose checkpoint a fresh engine gets
+
+
+# ---------------------------------------------------------------------- python tests/test_export.py
 
 
 def main(*jobs: str) -> None:
     """Each job is the flags of a run, as JSON, done one after another. Beside the folder of each
     run: the ids of every prompt and answer. Rewards and verdicts depend on every letter of an
     answer, so that there is something to learn."""
-    sys.path.insert(0, str(ROOT))
-    import ppo
-    import rewards
-    import rollout
-    from infra import watchdog
 
     def letters(text: str, row: dict, rules=None) -> dict:
         right = zlib.crc32(text.encode()) % 2
@@ -100,17 +84,12 @@ def main(*jobs: str) -> None:
         ppo.train(args)
 
 
-def start(torchrun: list[str], *jobs: list[str]) -> subprocess.Popen:
-    command = [sys.executable, *torchrun, __file__, *(json.dumps([*map(str, job)]) for job in jobs)]
-    return subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+# -------------------------------------------------------------------------------------------- runs
 
 
-def at_once(*processes: subprocess.Popen) -> None:
-    for process in processes:
-        said, _ = process.communicate(timeout=400)
-        assert process.returncode == 0, said[-3000:]
+def run(*jobs: list, ranks: int = 1) -> None:
+    words = [json.dumps([*map(str, job)]) for job in jobs]
+    launch.run("tests/test_export.py", *words, ranks=ranks).good()
 
 
 def many_ends(path: str, to: Path) -> Path:
@@ -126,17 +105,10 @@ def many_ends(path: str, to: Path) -> Path:
     return to
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory, tiny, tiny_untied) -> Path:
-    """The folder of the four runs, each with what a fresh engine said about its last checkpoint."""
-    from transformers import LlamaConfig, LlamaForTokenClassification
-
-    at = tmp_path_factory.mktemp("export")
-    models = {"tied": many_ends(tiny, at / "tied"), "untied": many_ends(tiny_untied, at / "untied")}
-    size = json.loads((at / "tied" / "config.json").read_text())["vocab_size"]
+def small_critic(vocabulary: int, to: Path) -> Path:
     torch.manual_seed(0)
     small = LlamaConfig(
-        vocab_size=size,
+        vocab_size=vocabulary,
         hidden_size=48,
         intermediate_size=64,
         num_hidden_layers=1,
@@ -145,39 +117,59 @@ def trained(tmp_path_factory, tiny, tiny_untied) -> Path:
         num_key_value_heads=2,
         initializer_range=0.1,
     )
-    LlamaForTokenClassification(small).save_pretrained(at / "critic")
-    own = {"untied2": ["--engine", "torch", "--critic_model", at / "critic"]}
-    jobs = {
-        name: [*ASK, *LEARN, "--model", models[name[:-1]], "--out", at / name, *own.get(name, [])]
-        for name in RUNS
+    LlamaForTokenClassification(small).save_pretrained(to)
+    return to
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory, tiny, tiny_untied) -> dict[str, Path]:
+    """What the runs start from: "tied", "untied", "critic"."""
+    at = tmp_path_factory.mktemp("models")
+    tied = many_ends(tiny, at / "tied")
+    size = json.loads((tied / "config.json").read_text())["vocab_size"]
+    return {
+        "tied": tied,
+        "untied": many_ends(tiny_untied, at / "untied"),
+        "critic": small_critic(size, at / "critic"),
     }
-    at_once(start(TWO, jobs["tied2"]))
-    at_once(start(TWO, jobs["untied2"]), start([], jobs["tied1"], jobs["untied1"]))
-    steps = {name: "step_1" if name == "tied2" else "latest" for name in RUNS}
-    asked = [
-        [
-            *ASK,
-            "--steps",
-            0,
-            "--model",
-            at / name / "checkpoints" / step / "policy",
-            "--out",
-            at / f"{name}.fresh",
-        ]
-        for name, step in steps.items()
-    ]
-    at_once(start([], *asked[:2]), start([], *asked[2:]))
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, models) -> Callable[[str], Path]:
+    """trained(name): the folder of one of RUNS, made when it is first asked for."""
+    at = tmp_path_factory.mktemp("trained")
+    plain = ["--engine", "torch", "--model", models["tied"]]
+    other = ["--model", models["untied"], "--critic_model", models["critic"]]
+    own = {"tied1": plain, "tied2": plain, "untied2": other}
+
+    @functools.cache
+    def make(name: str) -> Path:
+        run([*ASK, *LEARN, *own[name], "--out", at / name], ranks=int(name[-1]))
+        return at / name
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def fresh(tmp_path_factory, trained) -> Path:
+    """The folder of evaluations of these checkpoints by new engines, vLLM; all in one process."""
+    at = tmp_path_factory.mktemp("fresh")
+    jobs = []
+    for name, step in ASKED.items():
+        policy = trained(name) / "checkpoints" / f"step_{step}" / "policy"
+        jobs.append([*ASK, "--steps", 0, "--model", policy, "--out", at / name])
+    run(*jobs)
     return at
 
 
-def rows_of(out: Path) -> list[dict]:
-    return [json.loads(line) for line in open(out / "metrics.jsonl")]
+def ids_of(out: Path) -> list[list]:
+    """What `main` has written: lists of (prompt, answer) pairs."""
+    return launch.read_lines(f"{out}.ids.jsonl")
 
 
-def greedy(at: Path, name: str, step: int) -> list:
+def greedy(out: Path, step: int) -> list:
     """(prompt, answer) pairs of the evaluation after `step` of a run."""
-    recorded = [json.loads(line) for line in open(at / f"{name}.ids.jsonl")]
-    return [pairs for pairs in recorded if len(pairs) == EVAL_ROWS][step]
+    return [pairs for pairs in ids_of(out) if len(pairs) == EVAL_ROWS][step]
 
 
 def load(folder: Path, kind):
@@ -208,15 +200,13 @@ TIE = 1e-4  # nats: engines agree within 1e-6; a wrong weight shows as 0.1 and m
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_transformers_loads_every_checkpoint(trained, name):
+def test_transformers_loads_every_checkpoint(models, trained, name):
     """Guards the export: wrong or missing keys, a head that was untied or tied on the way, rounded
-    weights, an index that names other files than there are, a critic without its head, links that
-    lead nowhere."""
-    from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, AutoTokenizer
-
-    folders = [
-        trained / name / "checkpoints" / step for step in ("step_1", "step_2", "latest", "best")
-    ]
+    weights, weights that were not trained, an index that names other files than there are, a critic
+    without its head, links that lead nowhere."""
+    before = load(models[name[:-1]], AutoModelForCausalLM)
+    checkpoints = trained(name) / "checkpoints"
+    folders = [checkpoints / step for step in ("step_1", "step_2", "latest", "best")]
     assert folders[2].resolve() == folders[1] and folders[3].resolve() in folders[:2]
     for folder in folders:
         policy = load(folder / "policy", AutoModelForCausalLM)
@@ -228,6 +218,7 @@ def test_transformers_loads_every_checkpoint(trained, name):
             type(critic).__name__
             == ("Llama" if name == "untied2" else "Qwen2") + "ForTokenClassification"
         )
+        assert not any(a.equal(b) for a, b in zip(before.parameters(), policy.parameters()))
         assert critic.score.weight.any() and critic.config.num_labels == 1
         for model in (policy, critic):  # what vLLM reads
             assert model.config.architectures == [type(model).__name__]
@@ -246,33 +237,47 @@ def test_transformers_loads_every_checkpoint(trained, name):
         assert AutoTokenizer.from_pretrained(folder / "policy").decode([40, 41]) != ""
 
 
-@pytest.mark.parametrize("name", RUNS)
-def test_a_fresh_engine_answers_as_the_trainer_did(trained, name):
-    """Guards what is exported against what was trained: weights of another step, a critic in the
-    policy's place, a generation_config.json that was lost. The answers of trainer, fresh vLLM
-    engine and plain transformers agree token for token; where they do not, both tokens must be
-    equally likely. The untrained model says other things."""
-    from transformers import AutoModelForCausalLM
-
-    step = 1 if name == "tied2" else 2
-    policy = load(trained / name / "checkpoints" / f"step_{step}" / "policy", AutoModelForCausalLM)
-    before = load(trained / name[:-1], AutoModelForCausalLM)
-    told, fresh = greedy(trained, name, step), greedy(trained, f"{name}.fresh", 0)
-    assert [prompt for prompt, _ in told] == [prompt for prompt, _ in fresh]
-    ends = set(before.generation_config.eos_token_id)
-    for prompt, answer in told + fresh:
+def check_answers(policy, pairs: list) -> None:
+    """They are those of `policy`, in plain transformers, and end where they should."""
+    ends = set(policy.generation_config.eos_token_id)
+    for prompt, answer in pairs:
         assert surprise(policy, prompt, answer) < TIE
-        assert (answer[-1] in ends) or len(answer) == 24
+        assert (answer[-1] in ends) or len(answer) == MOST
         assert not ends & set(answer[:-1])
-    assert max(surprise(before, prompt, answer) for prompt, answer in told) > 100 * TIE
-    if told == fresh:  # no tie among them: then all that is said about them is equal, too
-        last, first = rows_of(trained / name)[step], rows_of(trained / f"{name}.fresh")[0]
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_checkpoint_is_what_answered(models, trained, name):
+    """Guards what is exported against what was trained: weights of another step, a critic in the
+    policy's place, a generation_config.json that was lost. The trainer's answers after each step
+    are those of plain transformers with that checkpoint. The untrained model says other things."""
+    ran = trained(name)
+    before = load(models[name[:-1]], AutoModelForCausalLM)
+    for step in (1, 2):
+        policy = load(ran / "checkpoints" / f"step_{step}" / "policy", AutoModelForCausalLM)
+        assert policy.generation_config.eos_token_id == before.generation_config.eos_token_id
+        told = greedy(ran, step)
+        check_answers(policy, told)
+        assert max(surprise(before, prompt, answer) for prompt, answer in told) > 100 * TIE
+
+
+@pytest.mark.parametrize("name", ASKED)
+def test_a_fresh_engine_answers_as_the_trainer_did(trained, fresh, name):
+    """Guards the files for vLLM: index, config.json, generation_config.json, tokenizer. Trainer and
+    fresh engine agree token for token; where they do not, both tokens must be equally likely."""
+    ran, asked = trained(name), fresh / name
+    step = ASKED[name]
+    told, answered = greedy(ran, step), greedy(asked, 0)
+    assert [prompt for prompt, _ in told] == [prompt for prompt, _ in answered]
+    policy = load(ran / "checkpoints" / f"step_{step}" / "policy", AutoModelForCausalLM)
+    check_answers(policy, answered)
+    if told == answered:  # no tie among them: then all that is said about them is equal, too
+        last, first = launch.metrics(ran)[step], launch.metrics(asked)[0]
         ours = {key: value for key, value in last.items() if key.startswith("eval/")}
         assert len(ours) >= 2 and ours == {
             key: value for key, value in first.items() if key.startswith("eval/")
         }
-    kept = [json.loads(line) for line in open(trained / f"{name}.fresh" / "samples.jsonl")]
-    assert len(kept) == EVAL_ROWS
+    assert len(launch.read_lines(asked / "samples.jsonl")) == EVAL_ROWS
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -280,17 +285,13 @@ def test_a_fresh_engine_answers_as_the_trainer_did(trained, name):
 def test_the_critic_says_what_it_said(trained, name):
     """Guards the critic's export, head and size: the values that step 2 began with are those of the
     checkpoint of step 1, on the same answers."""
-    from transformers import AutoModelForTokenClassification
-
-    critic = load(
-        trained / name / "checkpoints" / "step_1" / "critic", AutoModelForTokenClassification
-    )
-    recorded = [json.loads(line) for line in open(trained / f"{name}.ids.jsonl")]
-    pairs = [pairs for pairs in recorded if len(pairs) > EVAL_ROWS][1]
+    ran = trained(name)
+    critic = load(ran / "checkpoints" / "step_1" / "critic", AutoModelForTokenClassification)
+    pairs = [pairs for pairs in ids_of(ran) if len(pairs) > EVAL_ROWS][1]
     values = torch.cat(
         [critic(torch.tensor([p + a[:-1]])).logits[0, len(p) - 1 :, 0] for p, a in pairs]
     )
-    row = rows_of(trained / name)[2]
+    row = launch.metrics(ran)[2]
     for key in ("mean", "min", "max"):
         assert row[f"critic/value_{key}"] == pytest.approx(
             getattr(values, key)().item(), abs=1e-5
@@ -305,7 +306,7 @@ def test_two_ranks_write_what_one_does(trained):
     for part in ("policy", "critic"):
         one, two = ({}, {})
         for name, all_of in (("tied1", one), ("tied2", two)):
-            at = trained / name / "checkpoints" / "step_1"
+            at = trained(name) / "checkpoints" / "step_1"
             for tensors in (
                 shards(at / part) | {f: load_file(at / f) for f in optimizer_files(at, part)}
             ).values():

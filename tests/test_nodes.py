@@ -1,23 +1,59 @@
-"""Two nodes of two processes each, everything switched on, against one plain process."""
+"""Two nodes against one plain process: of one process each; and of two, everything switched on."""
 
 import gzip
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import uuid
 from contextlib import contextmanager
 from pathlib import Path
 
+import launch
 import pytest
+import toy
 
 ROOT = Path(__file__).resolve().parent.parent
+KEYS = """policy/loss policy/grad_norm policy/ref_kl policy/entropy critic/loss critic/grad_norm
+    rollout/length_mean""".split()
 COUNTDOWN = """ppo.py --task countdown3 --max_prompt_tokens 64 --max_new_tokens 24
     --prompts_per_step 8 --samples_per_prompt 2 --minibatch_size 8 --max_tokens_per_microbatch 400
     --lr 1e-3 --kl_coef 0.1 --entropy_coef 0.1 --steps 2""".split()
 ALL_AT_ONCE = """--tp 2 --sp 2 --replicas 2 --offload policy critic reference
     --gradient_checkpointing --save_every 1 --profile 2""".split()
+
+
+def check_same(expected: list[dict], rows: list[dict]) -> None:
+    for one, nodes in zip(expected, rows, strict=True):
+        assert {key: nodes[key] for key in KEYS} == pytest.approx(
+            {key: one[key] for key in KEYS}, rel=1e-4, abs=1e-6
+        )
+        assert nodes["mismatch/canary"] < 1e-4
+
+
+def test_two_nodes_of_a_process_each_are_one_process(tmp_path):
+    """Guards a main rank on every node, in what a run says and writes. The variables are torchrun's."""
+    model = str(tmp_path / "model")
+    toy.make_model(model)
+    flags = "--steps 2 --prompts_per_step 16 --minibatch_size 8 --kl_coef 0.1 --model".split()
+    flags.append(model)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    own = {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+    nodes = [
+        launch.start("tests/toy.py", tmp_path / "nodes", *flags, env=world | own | {"RANK": rank})
+        for rank in ("0", "1")
+    ]
+    first, second = (ended.good().said for ended in launch.at_once(*nodes))
+    assert "FSDP2 over 2 ranks" in first and "step    2/2" in first
+    assert "step " not in second
+    check_same(toy.run(str(tmp_path / "one"), *flags), launch.metrics(tmp_path / "nodes"))
+
+
+# ----------------------------------------------------------------- two hosts, as far as sockets know
 
 
 def ip(words: str) -> None:
@@ -56,7 +92,7 @@ def two_hosts():
 
 
 def nodes(*flags: str) -> list[str]:
-    """What the nodes print of one run, started as the README says."""
+    """What the nodes print of one run, started as docs/scaling.md says: by torchrun, inside network namespaces."""
     running = []
     with two_hosts() as hosts:
         head = f"{hosts[0][1]}:29477"
@@ -75,6 +111,7 @@ def nodes(*flags: str) -> list[str]:
     return said
 
 
+@pytest.mark.full
 def test_two_nodes_with_everything_are_one_process(tmp_path, tiny):
     """Guards groups that do not fit together (engines over neighbours, rows over neighbours, copies
     a node, clipping and denominators over all), optimizers on the CPU, a main rank on every node,
@@ -82,23 +119,11 @@ def test_two_nodes_with_everything_are_one_process(tmp_path, tiny):
     flags = [*COUNTDOWN, "--model", tiny, "--out"]
     first, second = nodes(*flags, str(tmp_path / "nodes"), *ALL_AT_ONCE)
     assert "FSDP2 over 4 ranks" in first and "step    2/2" in first and "step    2/2" not in second
-    one = subprocess.run(
-        [sys.executable, *flags, str(tmp_path / "one")], cwd=ROOT, capture_output=True, text=True
-    )
-    assert one.returncode == 0, one.stderr[-3000:]
-    rows = {
-        name: [json.loads(line) for line in open(tmp_path / name / "metrics.jsonl")]
-        for name in ("one", "nodes")
-    }
-    keys = """policy/loss policy/grad_norm policy/ref_kl policy/entropy critic/loss critic/grad_norm
-        rollout/length_mean""".split()
-    for expected, row in zip(rows["one"], rows["nodes"], strict=True):
-        assert {key: row[key] for key in keys} == pytest.approx(
-            {key: expected[key] for key in keys}, rel=1e-4, abs=1e-6
-        )
-        assert row["mismatch/canary"] < 1e-4
+    launch.run(*flags, tmp_path / "one").good()
+    one = launch.metrics(tmp_path / "one")
+    check_same(one, launch.metrics(tmp_path / "nodes"))
     # the weights have moved, and with them the engine's
-    assert rows["one"][1]["policy/ref_kl"] != 0
+    assert one[1]["policy/ref_kl"] != 0
     traces = sorted((tmp_path / "nodes" / "profile").iterdir())
     phases = ("forward", "sync", "update")
     assert [trace.name for trace in traces] == [

@@ -1,6 +1,7 @@
 """The memory plan: against numbers by hand, against itself, and against what a run really takes."""
 
 import ctypes
+import functools
 import gc
 import json
 import os
@@ -22,6 +23,7 @@ import data  # noqa: E402
 import rewards  # noqa: E402
 import toy  # noqa: E402
 from infra import clock  # noqa: E402
+import tools.plan  # noqa: E402
 from tools.plan import memory_plan, model_shape  # noqa: E402
 
 
@@ -41,7 +43,13 @@ def qwen(
 
 HALF = qwen(896, 24, 14, 4864, True)
 SMALL = qwen(1536, 28, 12, 8960, False)
-LARGE = qwen(2048, 36, 16, 11008, True)
+
+
+def like_large(layers: int) -> Qwen2Config:
+    return qwen(2048, layers, 16, 11008, True)
+
+
+LARGE = like_large(36)
 CARD = dict(
     ranks=4,
     card_gb=80,
@@ -56,6 +64,21 @@ CARD = dict(
     engine="vllm",
     sharded=True,
 )
+
+
+@pytest.fixture(autouse=True)
+def shapes_once(monkeypatch):
+    """To count a model of 36 layers takes a tenth of a second; most plans here are of the same few."""
+    monkeypatch.setattr(tools.plan, "model_shape", shape_once)
+
+
+@functools.cache
+def shape_of(config: str, critic: bool) -> tools.plan.Shape:
+    return model_shape(Qwen2Config.from_dict(json.loads(config)), critic)
+
+
+def shape_once(config: Qwen2Config, critic: bool) -> tools.plan.Shape:
+    return shape_of(config.to_json_string(use_diff=False), critic)
 
 
 def plan(model=SMALL, critic=None, reference=None, **flags) -> tuple[dict[str, float], str]:
@@ -231,10 +254,9 @@ def test_following_the_advice_helps(model, flags, expected):
             elif "kl_coef" in way:
                 assert fits(what, reference=None)
             else:  # the nearest real one below: fewer layers of the same kind
-                layers = range(1, 36)
-                critics = [qwen(2048, n, 16, 11008, True) for n in layers]
-                small = [c for c in critics if model_shape(c, True).params <= int(number)]
-                assert "critic_model" in way and fits(what, critic=small[-1])
+                least, more = (model_shape(like_large(n), True).params for n in (1, 2))
+                layers = 1 + (int(number) - least) // (more - least)
+                assert "critic_model" in way and fits(what, critic=like_large(layers))
 
 
 def test_a_cache_that_is_too_small_is_said():
@@ -303,7 +325,8 @@ def train(out: str, model: str, job: Job) -> float:
 
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory) -> dict[str, float]:
-    """One process takes all the measurements, after a run of a tiny model that pays for imports and threads."""
+    """One process takes all the measurements, after a run of a tiny model that pays for imports and threads. A new
+    interpreter, as the C library reads its settings at the start."""
     at = tmp_path_factory.mktemp("plan")
     for name, job in JOBS.items():
         toy.make_model(at / name)  # for its tokenizer
@@ -325,6 +348,7 @@ def measured(tmp_path_factory) -> dict[str, float]:
     return json.loads(run.stdout.splitlines()[-1])
 
 
+@pytest.mark.full
 @pytest.mark.skipif(
     not os.access("/proc/self/clear_refs", os.W_OK), reason="needs /proc/self/clear_refs"
 )

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 import data
 
 LIMIT = 16_384  # tokens of the longest sequence
-BATCHES = 10_000
+BATCHES = 2_100
 
 
 def uniform(rng: random.Random, n: int) -> list[int]:

@@ -1,22 +1,22 @@
-"""tools/report.py in a real browser: a real run of the toy task, made-up seeds, hostile samples."""
+"""tools/report.py: what is in the page and the PNGs of a real run, made-up seeds, hostile samples; the page in a real
+browser, which takes part in tests/run.sh --all only."""
 
 import json
 import os
 import random
 import re
 import signal
-import subprocess
-import sys
-import time
-from functools import partial
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import browser
+import launch
 import pytest
+import toy as toy_task
 
 from tools import report
 
-ROOT = Path(__file__).resolve().parent.parent
 HOSTILE = (
     "</script><script>window.hacked = 1</script><img src=x onerror='window.hacked = 2'>{{DATA}}@DATA@<!--<script>"
     "\u2028 \ud800 </think><svg onload='window.hacked = 3'></svg><b id=injected>bold</b>"
@@ -91,10 +91,7 @@ def toy(tmp_path_factory) -> Path:
     written them."""
     out = tmp_path_factory.mktemp("toy") / "toy-run"
     flags = ["--steps", "12", "--prompts_per_step", "64", "--eval_every", "6", "--eval_rows", "16"]
-    command = [sys.executable, ROOT / "tests/toy.py", out, *flags]
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=env)
-    assert done.returncode == 0, done.stderr[-2000:]
+    toy_task.run(str(out), *flags)
     rng, file = random.Random(0), out / "samples.jsonl"
     rows = [json.loads(line) for line in file.read_text().splitlines()]
     rows = [row if "advantages" in row else tokens_of(row, rng) for row in rows]
@@ -119,19 +116,35 @@ def page(*folders: Path, **options) -> Path:
     return path
 
 
+def in_page(path: Path) -> dict:
+    """The data of a page, which no text of a sample has closed or added to."""
+    (found,) = re.findall(r'id="data">(.*?)</script>', path.read_text(), re.DOTALL)
+    assert "<" not in found
+    return json.loads(found)
+
+
+def test_the_command(toy):
+    """Guards a page that is not written where the message says, without --png too, or that lacks
+    curves or samples of a run that ppo.py has made."""
+    done = launch.run("tools/report.py", toy).good()
+    assert str(toy / "report.html") in done.said and "after 12 steps" in done.said
+    (run,) = in_page(toy / "report.html")["runs"]
+    rows = launch.metrics(toy)
+    assert run["steps"] == [row["step"] for row in rows]
+    for key in ("reward/mean", "policy/entropy", "critic/explained_var", "time/step"):
+        pairs = list(zip(run["curves"][key], (row.get(key) for row in rows), strict=True))
+        assert all((drawn is None) == (made is None) for drawn, made in pairs)
+        assert all(
+            drawn == pytest.approx(made, rel=1e-3) for drawn, made in pairs if made is not None
+        )
+    assert run["total"] == len(run["samples"]) == len((toy / "samples.jsonl").open().readlines())
+
+
+@pytest.mark.full
 def test_a_real_run(toy, chromium):
     """Guards against a page that raises, asks for anything, or shows no curves, no numbers and no
-    samples of a run that ppo.py has made; and against one without --png that is not written where
-    the message says."""
-    done = subprocess.run(
-        [sys.executable, ROOT / "tools/report.py", toy], capture_output=True, text=True, timeout=60
-    )
-    assert (
-        done.returncode == 0
-        and str(toy / "report.html") in done.stdout
-        and "after 12 steps" in done.stdout
-    )
-    chromium.open(toy / "report.html")
+    samples of a run that ppo.py has made."""
+    chromium.open(page(toy))
     assert chromium.complaints() == []
     rows = [json.loads(line) for line in open(toy / "metrics.jsonl")]
     for section in ("reward", "policy", "critic", "mismatch", "time", "perf"):
@@ -151,6 +164,7 @@ def test_a_real_run(toy, chromium):
     assert chromium.complaints() == []
 
 
+@pytest.mark.full
 def test_hover_and_keys_show_the_numbers(tmp_path, chromium):
     """Guards the numbers under the pointer: those of the nearest step, of every seed's group."""
     chromium.open(
@@ -173,13 +187,17 @@ def test_hover_and_keys_show_the_numbers(tmp_path, chromium):
     assert chromium.js(f"{tip}.innerText") == "step 3\nrun: 0.375"
 
 
-def test_seeds_are_a_band(tmp_path, chromium):
-    """Guards what is one group: runs that differ in seed, folder and warm model; another learning
-    rate or model is not. The line is the mean, the band holds all seeds, and the switch shows each
-    of them."""
+def seeds(tmp_path: Path) -> tuple[list[Path], Path]:
+    """Three seeds of a run; one with another learning rate."""
     runs = [make(tmp_path / f"cpu-seed{i}", 5, seed=i) for i in range(3)]
-    path = page(*runs, make(tmp_path / "faster", 5, lr=2, model=f"{tmp_path}/cpu-seed0.warm"))
-    groups = report.group_runs([report.read_run(folder) for folder in (*runs, tmp_path / "faster")])
+    return runs, make(tmp_path / "faster", 5, lr=2, model=f"{tmp_path}/cpu-seed0.warm")
+
+
+def test_seeds_are_a_group(tmp_path):
+    """Guards what is one group: runs that differ in seed, folder and warm model; another learning
+    rate or model is not. The line is the mean, and the band holds all seeds."""
+    runs, faster = seeds(tmp_path)
+    groups = report.group_runs([report.read_run(folder) for folder in (*runs, faster)])
     assert [group["runs"] for group in groups] == [[0, 1, 2], [3]]
     assert groups[0]["name"] == "cpu (3 seeds)"
     big, small = (
@@ -187,14 +205,22 @@ def test_seeds_are_a_band(tmp_path, chromium):
         for i, name in enumerate(("m-3B", "m-0.5B"))
     )
     assert len(report.group_runs([big, small])) == 2
-    chromium.open(path)
-    count = "[...document.querySelectorAll('#policy path')].map(p => p.getAttribute('class')).sort().join()"
-    assert chromium.js(count) == "band,curve,curve,raw,raw"
-    values = [[row["reward/mean"] for row in report.read_run(run)["rows"][1:]] for run in runs]
     members = [report.read_run(run) for run in runs]
     first, *_ = report.band(members, "reward/mean", 0.0)
-    starts = [v[0] for v in values]
+    starts = [run["rows"][1]["reward/mean"] for run in members]
     assert first == pytest.approx((1, sum(starts) / 3, min(starts), max(starts)), 1e-4)
+
+
+@pytest.mark.full
+def test_seeds_are_a_band(tmp_path, chromium):
+    """Guards the band of the page: the same numbers as in the PNGs, and a switch that shows each
+    seed."""
+    runs, faster = seeds(tmp_path)
+    members = [report.read_run(run) for run in runs]
+    chromium.open(page(*runs, faster))
+    count = "[...document.querySelectorAll('#policy path')].map(p => p.getAttribute('class')).sort().join()"
+    assert chromium.js(count) == "band,curve,curve,raw,raw"
+    first, *_ = report.band(members, "reward/mean", 0.0)
     drawn = chromium.js(
         "(p => [p.step, p.mean, p.low, p.high])(band(data.groups[0], 'reward/mean', 0)[0])"
     )
@@ -207,6 +233,7 @@ def test_seeds_are_a_band(tmp_path, chromium):
     assert chromium.complaints() == []
 
 
+@pytest.mark.full
 def test_samples_can_be_walked_and_filtered(tmp_path, chromium):
     """Guards the browser of samples: buttons, slider, keys, filters, search, the end of the
     thinking."""
@@ -249,6 +276,7 @@ def test_samples_can_be_walked_and_filtered(tmp_path, chromium):
     assert chromium.complaints() == []
 
 
+@pytest.mark.full
 def test_tokens_are_coloured(tmp_path, chromium):
     """Guards the colours: none, by value, by advantage (its sign is a hue), the numbers of a token,
     and the text, which is the same in all three."""
@@ -290,9 +318,8 @@ def test_tokens_are_coloured(tmp_path, chromium):
     assert chromium.complaints() == []
 
 
-def test_hostile_samples_run_nothing(tmp_path, chromium):
-    """Guards the reader: a model may write HTML and JavaScript into every text of a sample. Names,
-    too."""
+def hostile_page(folder: Path) -> Path:
+    """Of a run whose every text is HTML and JavaScript: a model may write that. Three samples."""
     rng = random.Random(0)
     hostile = {"step": 1, "id": HOSTILE, "prompt": HOSTILE, "response": HOSTILE, HOSTILE: HOSTILE}
     chat = [{"role": HOSTILE, "content": HOSTILE}, HOSTILE]
@@ -301,16 +328,30 @@ def test_hostile_samples_run_nothing(tmp_path, chromium):
         tokens_of(hostile, rng),
         hostile | {"prompt": chat, "answer": {"<b>": HOSTILE}, "status": HOSTILE},
     ]
-    path = page(make(tmp_path / "run", 1, [{"step": 2, f"x/{HOSTILE}": 1.0}], rows, task=HOSTILE))
-    data = re.search(r'id="data">(.*?)</script>', path.read_text(), re.S)[1]
-    assert "<" not in data and json.loads(data)["runs"][0]["samples"][0]["response"].startswith(
-        "</script>"
+    return page(make(folder, 1, [{"step": 2, f"x/{HOSTILE}": 1.0}], rows, task=HOSTILE))
+
+
+def test_hostile_samples_are_data_only(tmp_path):
+    """Guards the reader: no text of a run may end the script that holds the data, or stand anywhere
+    else in the page."""
+    path = hostile_page(tmp_path / "run")
+    (run,) = in_page(path)["runs"]
+    assert len(run["samples"]) == 3 and run["samples"][0]["response"].startswith("</script>")
+    assert "window.hacked" not in re.sub(
+        r'id="data">.*?</script>', "", path.read_text(), flags=re.S
     )
-    chromium.open(path)
+    plain = page(make(tmp_path / "plain", 1))
+    assert path.read_text().count("<script") == plain.read_text().count("<script")
+
+
+@pytest.mark.full
+def test_hostile_samples_run_nothing(tmp_path, chromium):
+    """Guards the reader once more: what the page makes of such texts."""
+    chromium.open(hostile_page(tmp_path / "run"))
     chromium.js("document.getElementById('others').open = true")
     for mode in ("off", "values"):
         chromium.js(f"state.colour = '{mode}'; state.at = 0")
-        for _ in rows:
+        for _ in range(3):
             chromium.js("showSample(); moveSample(1)")
             assert "<img src=x" in chromium.js("document.getElementById('view').innerText")
     assert chromium.js("typeof window.hacked") == "undefined"
@@ -329,6 +370,7 @@ def test_hostile_samples_run_nothing(tmp_path, chromium):
     assert chromium.js("typeof window.hacked") == "undefined"
 
 
+@pytest.mark.full
 def test_phone_width_and_both_themes(toy, tmp_path, chromium):
     """Guards readers on phones (nothing is wider than the screen) and in the dark (text can be read
     in both)."""
@@ -370,7 +412,7 @@ def test_pages_stay_small(tmp_path):
     assert built.stat().st_size < 5e6 and len(run["samples"]) > 1000 and run["total"] == 2000
     numbers = list(range(16_000))
     long = {
-        "response": "word " * 16_000,
+        "response": "word " * 6_000,  # its end are the tokens
         "prompt": "p",
         "tokens": ["word "] * 2048,
         "values": numbers[:2048],
@@ -378,11 +420,8 @@ def test_pages_stay_small(tmp_path):
     }
     extra = [{"step": step, "reward/mean": 1.0 * step} for step in range(1, 1881)]
     folder = make(tmp_path / "long", 0, extra, [{"step": step} | long for step in range(1, 1881)])
-    began = time.monotonic()
     built, run = page(folder), report.read_run(folder)
-    print(
-        f"{built.stat().st_size / 1e6:.2f} MB, {len(run['samples'])} samples, {time.monotonic() - began:.1f} s"
-    )
+    print(f"{built.stat().st_size / 1e6:.2f} MB, {len(run['samples'])} samples")
     assert built.stat().st_size < 1e7 and len(run["steps"]) <= 1000 and run["bucket"] == 2
     assert run["curves"]["reward/mean"][:2] == [1.5, 3.5] and run["total"] == 1880
     steps = [sample["step"] for sample in run["samples"]]
@@ -399,19 +438,30 @@ def test_pages_stay_small(tmp_path):
     assert len(report.encode(samples)) <= 200_000 and 20 < len(samples) < total == 1880
 
 
-def test_torn_lines_and_runs_without_a_critic(tmp_path, chromium):
-    """Guards runs that are being written, and --advantage grpo: no keys of a critic, no values, no
-    panels of it."""
+def torn(folder: Path) -> Path:
+    """A run that is being written, of --advantage grpo: no keys of a critic, no values."""
     rng = random.Random(0)
     samples = [tokens_of(row, rng, critic=False) for row in answers(2, 2)]
     samples = [{key: value for key, value in row.items() if key != "values"} for row in samples]
-    folder = make(tmp_path / "run", 2, [{"step": 3, "reward/mean": float("nan")}], samples)
+    make(folder, 2, [{"step": 3, "reward/mean": float("nan")}], samples)
     for name in ("metrics.jsonl", "samples.jsonl"):
         with open(folder / name, "a") as file:
             file.write('{"step": 4, "reward/mean": 0.')
-    run = report.read_run(folder)
+    return folder
+
+
+def test_torn_lines(tmp_path):
+    """Guards runs that are being written: a half line, a NaN, nothing yet."""
+    (run,) = in_page(page(torn(tmp_path / "run")))["runs"]
     assert run["steps"] == [0, 1, 2] and run["total"] == len(run["samples"]) == 4
-    chromium.open(page(folder))
+    (run,) = in_page(page(make(tmp_path / "empty", 0)))["runs"]
+    assert run["steps"] == [] and run["samples"] == []
+
+
+@pytest.mark.full
+def test_torn_lines_and_runs_without_a_critic(tmp_path, chromium):
+    """Guards the page of such a run: no panels of a critic."""
+    chromium.open(page(torn(tmp_path / "run")))
     assert chromium.js("document.querySelectorAll('#critic, #calibration').length") == 0
     chromium.js("state.colour = 'values'; showSample()")
     assert "has no values" in chromium.js("document.getElementById('ramp').innerText")
@@ -424,40 +474,56 @@ def test_torn_lines_and_runs_without_a_critic(tmp_path, chromium):
     assert "No steps yet" in chromium.js("document.body.innerText") and chromium.complaints() == []
 
 
-def test_watch_shows_new_rows(tmp_path, chromium):
-    """Guards --watch: a new row is in the page soon after, Ctrl-C leaves one that reloads itself no
-    more, and a reload keeps what was chosen."""
-    folder = make(tmp_path / "run", 2, samples=answers(2, 2))
-    command = [sys.executable, "-u", ROOT / "tools/report.py", folder, "--watch"]
-    log = tmp_path / "log"
-
-    def said(text: str) -> None:
-        until = time.monotonic() + 30
-        while text not in log.read_text():
-            assert time.monotonic() < until and process.poll() is None, log.read_text()
-            time.sleep(0.1)
-
-    heard = partial(
-        signal.signal, signal.SIGINT, signal.SIG_DFL
-    )  # what a shell starts in the background ignores it
-    process = subprocess.Popen(
-        command, stdout=log.open("w"), stderr=subprocess.STDOUT, preexec_fn=heard
-    )
+@contextmanager
+def watching(folder: Path) -> Iterator[launch.Job]:
+    """--watch, until Ctrl-C."""
+    job = launch.start("tools/report.py", folder, "--watch", env={"PYTHONUNBUFFERED": "1"})
     try:
-        said(f"2 steps; 0.1 minutes of PPO\nreport: {folder / 'report.html'}\n")
+        yield job
+    finally:
+        os.kill(job.pid, signal.SIGINT)
+        ended = job.wait()
+    assert ended.code == 0, ended.said
+
+
+def one_more_row(folder: Path) -> None:
+    with open(folder / "metrics.jsonl", "a") as file:
+        file.write(json.dumps({"step": 3, "reward/mean": 1.0}) + "\n")
+
+
+def written(folder: Path, steps: int) -> str:
+    """What --watch says, once all of it is written."""
+    return rf"{steps} steps; 0\.1 minutes of PPO\nreport: {re.escape(str(folder))}/report.html\n"
+
+
+def test_watch_writes_new_rows(tmp_path):
+    """Guards --watch: a new row is in the page soon after, and Ctrl-C leaves one that reloads
+    itself no more."""
+    folder = make(tmp_path / "run", 2, samples=answers(2, 2))
+    with watching(folder) as job:
+        job.until(written(folder, 2))
+        assert in_page(folder / "report.html")["watch"] > 0
+        one_more_row(folder)
+        job.until(written(folder, 3))
+        assert in_page(folder / "report.html")["runs"][0]["steps"][-1] == 3
+    assert in_page(folder / "report.html")["watch"] == 0
+
+
+@pytest.mark.full
+def test_watch_shows_new_rows(tmp_path, chromium):
+    """Guards a reload that does not keep what was chosen."""
+    folder = make(tmp_path / "run", 2, samples=answers(2, 2))
+    with watching(folder) as job:
+        job.until(written(folder, 2))
         chromium.open(folder / "report.html")
         assert chromium.js("data.watch") > 0
         chromium.js("document.getElementById('next').click(); scrollTo(0, 300)")
-        with open(folder / "metrics.jsonl", "a") as file:
-            file.write(json.dumps({"step": 3, "reward/mean": 1.0}) + "\n")
-        said(f"3 steps; 0.1 minutes of PPO\nreport: {folder / 'report.html'}\n")
+        one_more_row(folder)
+        job.until(written(folder, 3))
         chromium.js("saveState(); location.reload()")
         chromium.wait("document.readyState === 'complete' && data.runs[0].steps.at(-1) === 3")
         chromium.wait("document.getElementById('where').textContent.startsWith('step 1, sample 2')")
         chromium.wait("scrollY === 300")
-    finally:
-        process.send_signal(signal.SIGINT)
-        assert process.wait(20) == 0
     chromium.open(folder / "report.html")
     assert chromium.js("data.watch") == 0
 
@@ -486,12 +552,7 @@ def test_what_is_no_run_folder(tmp_path, content):
     if content is not None:
         (tmp_path / "config.json").write_text(content)
     given = tmp_path if content is not None else tmp_path / "nowhere"
-    done = subprocess.run(
-        [sys.executable, ROOT / "tools/report.py", given],
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and done.stdout == ""
-    assert str(given) in done.stderr and "no run folder" in done.stderr and "--out" in done.stderr
+    done = launch.run("tools/report.py", given)
+    assert done.code == 2 and len(done.said.splitlines()) == 1
+    assert str(given) in done.said and "no run folder" in done.said and "--out" in done.said
     assert not (given / "report.html").exists()

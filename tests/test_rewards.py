@@ -5,6 +5,7 @@ import itertools
 import pickle
 import statistics
 import time
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -13,14 +14,16 @@ from test_data import solve
 
 import data
 import rewards
+from verify import pool
 
+ROOT = Path(__file__).resolve().parent.parent
 ROW = {"task": "countdown", "answer": {"numbers": [3, 5, 7], "target": 22}}
 RULES = rewards.Rules()
 
 
 @pytest.fixture(autouse=True)
 def rewards_of_the_file(monkeypatch):
-    """A reader may have entered another reward (README: the first experiment); these are tested all
+    """A reader may have entered another reward (the first edit of the README); these are tested all
     the same."""
     monkeypatch.setitem(rewards.REWARDS, "countdown", rewards.countdown)
     monkeypatch.setitem(rewards.REWARDS, "math", rewards.math)
@@ -157,12 +160,13 @@ CASES += [(reward, text) for reward, texts in TEXTS.items() for text in texts]
 
 
 def seconds(text: str) -> float:
-    best = 1.0
+    """Of CPU time, at the best of five tries."""
+    tries = []
     for _ in range(5):
-        start = time.perf_counter()
+        start = time.thread_time()
         rewards.countdown(text, ROW, RULES)
-        best = min(best, time.perf_counter() - start)
-    return best
+        tries.append(time.thread_time() - start)
+    return min(tries)
 
 
 @pytest.mark.parametrize("reward, text", CASES, ids=lambda x: repr(x)[:50])
@@ -399,8 +403,9 @@ TYPICAL = [  # task, answer of the row, what is around a response, {status and r
 
 
 @pytest.mark.parametrize("task, answer, around, cases", TYPICAL)
-def test_typical_and_hostile_responses(task, answer, around, cases):
+def test_typical_and_hostile_responses(task, answer, around, cases, monkeypatch):
     """Guards the verdicts that a reader would look at first."""
+    monkeypatch.setattr(rewards, "TEST_SECONDS", 0.4)
     expected = [(said, wanted) for wanted, some in cases.items() for said in some]
     texts = [around.format(said) for said, _ in expected]
     results = rewards.score(texts, [{"task": task, "answer": answer}] * len(texts))
@@ -417,29 +422,49 @@ NO_ANSWER_GIVEN = {
 }  # have many, name none
 
 
-def test_every_task_of_reasoning_gym_in_the_sandbox():
-    """Guards a scorer that fails behind the walls, or that judges another problem than the one that was asked: for
-    every task of the package its own answer scores 1, and nonsense does not."""
+def gym_rows(name: str, problems: list) -> list[dict]:
+    entries = [base64.b64encode(pickle.dumps(problem)).decode() for problem in problems]
+    return [{"task": f"rg:{name}", "answer": {"name": name, "entry": entry}} for entry in entries]
+
+
+def check_gym(name: str) -> None:
+    """The task's own answers score 1, and nonsense does not."""
     from reasoning_gym import create_dataset
+
+    problems = list(create_dataset(name, seed=1, size=2))
+    rows = gym_rows(name, problems)
+    texts = [f"so</think> <answer> {problem['answer']}\n</answer>" for problem in problems]
+    said = rewards.score([*texts, "<answer>?!</answer>", "none"], [*rows, rows[0], rows[0]])
+    assert [r["reward"] for r in said[:2]] == [1.0, 1.0] and said[0]["status"] == "ok", said
+    assert said[2]["status"] in ("wrong", "crash") or name == "game_of_life_halting", said
+    assert said[3] == {"reward": 0.0, "correct": 0.0, "status": "no_answer"}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "arc_agi",  # a scorer that compares lines
+        "codeio",  # problems in a file of the package
+        "figlet_font",  # fonts, which are read behind the walls
+        "family_relationships",  # a problem that JSON would change
+        "polynomial_equations",  # sympy
+        "power_function",  # 0.01 for nonsense
+        "prime_factorization",  # a scorer that nonsense crashes
+        "word_ladder",  # a list of words of the package
+    ],
+)
+def test_tasks_of_reasoning_gym_in_the_sandbox(name):
+    """Guards a scorer that fails behind the walls, or that judges another problem than the one that was asked."""
+    check_gym(name)
+
+
+@pytest.mark.full
+def test_every_task_of_reasoning_gym_in_the_sandbox():
+    """Guards the same for every task of the package."""
     from reasoning_gym.factory import DATASETS
 
     for name in sorted(DATASETS.keys() - {"composite", *NO_ANSWER_GIVEN}):
-        problems = list(create_dataset(name, seed=1, size=2))
-        entries = [base64.b64encode(pickle.dumps(problem)).decode() for problem in problems]
-        rows = [
-            {"task": f"rg:{name}", "answer": {"name": name, "entry": entry}} for entry in entries
-        ]
-        texts = [f"so</think> <answer> {problem['answer']}\n</answer>" for problem in problems]
-        said = rewards.score([*texts, "<answer>?!</answer>", "none"], [*rows, rows[0], rows[0]])
-        assert [r["reward"] for r in said[:2]] == [1.0, 1.0] and said[0]["status"] == "ok", (
-            name,
-            said,
-        )
-        assert said[2]["status"] in ("wrong", "crash") or name == "game_of_life_halting", (
-            name,
-            said[2],
-        )
-        assert said[3] == {"reward": 0.0, "correct": 0.0, "status": "no_answer"}
+        check_gym(name)
 
 
 class Hangs:
@@ -450,15 +475,32 @@ class Hangs:
 def test_a_scorer_that_hangs_is_killed(monkeypatch):
     """Guards the trainer against a package that takes for ever, or does not know its own problem."""
     monkeypatch.setattr(rewards, "GYM_SECONDS", 0.5)
-    hanging, broken = (
-        base64.b64encode(pickle.dumps(problem)).decode() for problem in (Hangs(), {"metadata": {}})
-    )
-    rows = [
-        {"task": "rg:chain_sum", "answer": {"name": "chain_sum", "entry": entry}}
-        for entry in (hanging, broken)
-    ]
+    rows = gym_rows("chain_sum", [Hangs(), {"metadata": {}}])
     said = rewards.score(["<answer>1</answer>"] * 2, rows)
     assert [r["status"] for r in said] == ["timeout", "crash"] and [r["reward"] for r in said] == [
         0.0,
         0.0,
     ]
+
+
+OURS = """
+def f(path):
+    try:
+        import rewards
+        return "imported"
+    except ImportError:
+        pass
+    try:
+        return open(path).read()
+    except OSError:
+        return "refused"
+"""
+
+
+@pytest.mark.parametrize("kind", sorted(pool.KINDS))
+def test_no_kind_of_process_sees_the_trainer(kind):
+    """Guards a path for imports that has more on it than the one module that is needed: what lies there can be read."""
+    path = pool.import_path(pool.KINDS[kind])
+    assert (str(ROOT / "verify") in path) == (kind == "math") and str(ROOT) not in path
+    outcome = pool.run_sandboxed(kind, OURS.encode(), [str(ROOT / "rewards.py")], "f", 1.0)
+    assert (outcome.status, outcome.output) == ("ok", b'"refused"')

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import attacks
@@ -65,30 +66,28 @@ def test_too_few_walls_are_refused(monkeypatch, workers):
     assert "seccomp" not in rewards.start({"code"}, unsafe)["code sandbox"]
 
 
-@pytest.mark.parametrize(
-    "source, status",
-    [
-        ("print(1)", "ok"),
-        ("print(2)", "wrong"),
-        ("1/0", "crash"),
-        ("import os\nos.kill(os.getpid(), 11)", "crash"),
-        ("while True: pass", "timeout"),
-        ("import time\ntime.sleep(99)", "timeout"),
-        ("x = [0] * 10**10", "memory"),
-        ("while True: print('x' * 999)", "output"),
-        ("print(1)\nraise SystemExit(3)", "crash"),
-        ("(", "crash"),
-        ("", "no_answer"),
-    ],
-)
-def test_status_says_why(fast, source, status):
+STATUS_OF = {
+    "print(1)": "ok",
+    "print(2)": "wrong",
+    "1/0": "crash",
+    "import os\nos.kill(os.getpid(), 11)": "crash",
+    "while True: pass": "timeout",
+    "import time\ntime.sleep(99)": "timeout",
+    "x = [0] * 10**10": "memory",
+    "while True: print('x' * 999)": "output",
+    "print(1)\nraise SystemExit(3)": "crash",
+    "(": "crash",
+    "": "no_answer",
+}
+
+
+def test_status_says_why(fast):
     """Guards statuses that hide what happened."""
-    (result,) = rewards.score([fenced(source)], [task([("", "1")])])
-    assert result == {
-        "reward": float(status == "ok"),
-        "correct": float(status == "ok"),
-        "status": status,
-    }
+    results = rewards.score(list(map(fenced, STATUS_OF)), [task([("", "1")])] * len(STATUS_OF))
+    assert {source: result["status"] for source, result in zip(STATUS_OF, results)} == STATUS_OF
+    for result in results:
+        right = float(result["status"] == "ok")
+        assert result == {"reward": right, "correct": right, "status": result["status"]}
 
 
 def test_all_tests_count_and_fractions():
@@ -215,73 +214,39 @@ def test_results_are_compared_as_json(given, wanted, same):
     assert rewards.same_result(given.encode(), wanted) == same
 
 
-OURS = """
-def f(path):
-    try:
-        import rewards
-        return "imported"
-    except ImportError:
-        pass
-    try:
-        return open(path).read()
-    except OSError:
-        return "refused"
-"""
-
-
-@pytest.mark.parametrize("kind", sorted(pool.KINDS))
-def test_no_kind_of_process_sees_the_trainer(kind):
-    """Guards a path for imports that has more on it than the one module that is needed: what lies there can be read."""
-    path = pool.import_path(pool.KINDS[kind])
-    assert (str(ROOT / "verify") in path) == (kind == "math") and str(ROOT) not in path
-    outcome = pool.run_sandboxed(kind, OURS.encode(), [str(ROOT / "rewards.py")], "f", 1.0)
-    assert (outcome.status, outcome.output) == ("ok", b'"refused"')
-
-
 def mixture(count: int, seed: int) -> tuple[list[str], list[dict], list[float]]:
-    """Texts, rows and right rewards over all three tasks."""
+    """Texts, rows and right rewards of two tasks: one whose jobs wait for a process, one that needs none."""
     rng, cases = random.Random(seed), []
     right = fenced("a, b = map(int, input().split())\nprint(a + b)")
     for _ in range(count):
         a, b = rng.randrange(100), rng.randrange(100)
         ok = rng.random() < 0.5
-        cases.append(
-            rng.choice(
-                [
-                    (
-                        right if ok else fenced("print(3)"),
-                        task([(f"{a} {b}", str(a + b)), (f"{b} 900", str(b + 900))]),
-                        ok,
-                    ),
-                    (
-                        rf"\boxed{{{a}\sqrt{{2}}+{b + ok}}}",
-                        {"task": "math", "answer": rf"{b + 1}+\sqrt{{2}}\cdot {a}"},
-                        ok,
-                    ),
-                    (
-                        f"<answer>{a}*{b + (not ok)}</answer>",
-                        {"task": "countdown", "answer": {"numbers": [a, b], "target": a * b}},
-                        ok,
-                    ),
-                ]
-            )
+        program = (
+            right if ok else fenced("print(3)"),
+            task([(f"{a} {b}", str(a + b)), (f"{b} 900", str(b + 900))]),
+            ok,
         )
+        problem = (
+            f"<answer>{a}*{b + (not ok)}</answer>",
+            {"task": "countdown", "answer": {"numbers": [a, b], "target": a * b}},
+            ok,
+        )
+        cases.append(rng.choice([program, program, problem]))
     texts, rows, rights = zip(*cases)
     return list(texts), list(rows), [float(r) for r in rights]
 
 
 def test_any_order_any_workers_any_thread(workers):
     """Guards results that depend on the order, on the number of processes, or on being in the main thread."""
-    texts, rows, rights = mixture(90, 1)
+    texts, rows, rights = mixture(60, 1)
     workers(1)
     expected = rewards.score(texts, rows)
     assert [r["correct"] for r in expected] == rights
-    order = random.Random(2).sample(range(90), 90)
+    order = random.Random(2).sample(range(60), 60)
     workers(3)
     shuffled = rewards.score([texts[i] for i in order], [rows[i] for i in order])
-    assert [shuffled[order.index(i)] for i in range(90)] == expected
+    assert [shuffled[order.index(i)] for i in range(60)] == expected
     found = []
-    workers(2)
     threads = [
         threading.Thread(target=lambda: found.append(rewards.score(texts, rows))) for _ in range(3)
     ]
@@ -292,90 +257,146 @@ def test_any_order_any_workers_any_thread(workers):
     assert found == [expected] * 3
 
 
-def test_hanging_programs_do_not_hold_up_the_others(fast, workers):
-    """Guards limits that count the queue, and a batch that waits for its slowest sample in every place."""
-    texts = [fenced("print(input())")] * 60
-    for i in range(0, 60, 10):
-        texts[i] = fenced("while True: pass" if i % 20 else "import time\ntime.sleep(99)")
-    workers(2)
-    rewards.score([fenced("print(1)")] * 20, [task([("", "1")])] * 20)  # both have their sandbox
-    begun, ends = time.monotonic(), {}
-    futures = rewards.submit(texts, [task([("1", "1")])] * 60)
+def ends_in_order(texts: list[str]) -> tuple[list[str], list[int]]:
+    """(statuses, the numbers of the texts in the order in which their results came)"""
+    ended = []
+    futures = rewards.submit(texts, [task([("1", "1")])] * len(texts))
     for i, future in enumerate(futures):
-        future.add_done_callback(lambda _, i=i: ends.setdefault(i, time.monotonic() - begun))
+        future.add_done_callback(lambda _, i=i: ended.append(i))
     statuses = [future.result()["status"] for future in futures]
-    assert statuses == ["ok" if i % 10 else "timeout" for i in range(60)]
-    others = max(ends[i] for i in range(60) if i % 10)
-    assert others < min(ends[i] for i in range(0, 60, 10)), "the quick ones come first"
-    assert max(ends.values()) < others + 3 * (
-        2 * rewards.TEST_SECONDS + 1 + 2
-    )  # six on two workers: three waves
+    while len(ended) < len(texts):  # a result is there a moment before it is told
+        time.sleep(0.01)
+    return statuses, ended
+
+
+def test_hanging_programs_do_not_hold_up_the_others(monkeypatch, workers):
+    """Guards limits that count the queue, and a batch that waits for its slowest sample in every place: what hangs
+    ends after all others, also when it comes first."""
+    monkeypatch.setattr(rewards, "TEST_SECONDS", 0.1)
+    # on a busy machine an honest program may take longer than the usual 0.02 s, and then waits too
+    monkeypatch.setattr(pool.KINDS["code"], "first_try", 0.4)
+    texts = [fenced("print(input())")] * 40
+    hanging = [0, 1, 20, 21]
+    for i in hanging:
+        texts[i] = fenced("while True: pass" if i % 2 else "import time\ntime.sleep(99)")
+    workers(2)
+    for left in (1, 0):  # tries
+        statuses, ended = ends_in_order(texts)
+        assert statuses == ["timeout" if i in hanging else "ok" for i in range(40)]
+        if set(ended[-4:]) == set(hanging):
+            break
+        assert left, ended
+
+
+def servers() -> list[int]:
+    """The processes of sandboxes that this process has started, those that start just now too. Not the programs in
+    them: one that is killed from outside was out of memory, as far as we know."""
+    found = []
+    for pid in attacks.descendants(os.getpid()):
+        try:
+            stat, command = (
+                Path(f"/proc/{pid}/{name}").read_bytes() for name in ("stat", "cmdline")
+            )
+        except OSError:
+            continue
+        parent = int(stat.rpartition(b")")[2].split()[1])
+        if b"sandbox.py" in command and parent == os.getpid():
+            found.append(pid)
+    return found
 
 
 def test_killed_processes_change_no_result(workers):
-    """Guards a job that is lost, or scored 0, when its process is killed from outside."""
-    texts, rows, rights = mixture(150, 3)
+    """Guards a job that is lost, or scored 0, when its process is killed from outside: one after every fifth result,
+    so that each has a fair chance on a slow machine."""
+    texts, rows, rights = mixture(100, 3)
     workers(2)
     futures, rng = rewards.submit(texts, rows), random.Random(4)
-    while not all(future.done() for future in futures):
-        alive = attacks.descendants(os.getpid())
-        if alive:
-            try:
-                os.kill(rng.choice(alive), signal.SIGKILL)
-            except ProcessLookupError:
-                pass
-        time.sleep(0.15)
+    kills, ended = 0, 0
+    while ended < 100:
+        ended = sum(future.done() for future in futures)
+        alive = servers()
+        if alive and ended >= 5 * kills:
+            os.kill(rng.choice(alive), signal.SIGKILL)
+            kills += 1
+        time.sleep(0.01)
     results = [future.result() for future in futures]
+    assert kills >= 10
     assert [r["correct"] for r in results if r["status"] != "infra"] == [
         right for right, r in zip(rights, results) if r["status"] != "infra"
     ]
     assert sum(r["status"] == "infra" for r in results) <= 3
 
 
-def test_nothing_stays_behind(tmp_path):
-    """Guards processes that outlive the trainer: at its end, and when it is killed in the middle of a program."""
-    script = tmp_path / "trainer.py"
-    script.write_text(
-        f"import sys, time\nsys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]\nimport rewards, test_sandbox as t\n"
-        "from verify import pool\npool.default_workers = lambda: 2\n"
-        "futures = rewards.submit([t.fenced(sys.argv[1])] * 3, [t.task([('1', '1')])] * 3)\n"
-        "print('started', flush=True)\nif sys.argv[2] == 'wait': print([f.result() for f in futures])\ntime.sleep(1)\n"
-    )
-    for source, ending in (
-        ("print(1)", "wait"),
-        ("while True: pass", "leave"),
-        ("while True: pass", "kill"),
-    ):
-        trainer = subprocess.Popen(
-            [sys.executable, str(script), source, ending], stdout=subprocess.PIPE
-        )
-        trainer.stdout.readline()
-        time.sleep(0.9)
-        below = attacks.descendants(trainer.pid)
-        assert below
-        if ending == "kill":
+TRAINER = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import rewards
+from verify import pool
+
+pool.default_workers = lambda: 2
+row = {"task": "code", "answer": {"inputs": ["1", "1"], "outputs": ["1", "1"]}}
+futures = rewards.submit(["```python\\n" + sys.argv[2]] * 3, [row] * 3)
+if sys.argv[3] == "wait":
+    assert [future.result()["status"] for future in futures] == ["ok"] * 3
+print("started", flush=True)
+input()
+"""
+
+
+@pytest.mark.parametrize(
+    "source, ending",
+    [("print(1)", "wait"), ("while True: pass", "leave"), ("while True: pass", "kill")],
+)
+def test_nothing_stays_behind(source, ending):
+    """Guards processes that outlive the trainer: at its end, and when it is killed in the middle of a program. A new
+    interpreter, since it is the end of one, with all its hooks and threads, that is looked at."""
+    command = [sys.executable, "-c", TRAINER, str(ROOT), source, ending]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(command, **pipes) as trainer:
+        try:
+            assert trainer.stdout.readline() == b"started\n"
+            walls = rewards.start({"code"})["code sandbox"].partition(";")[0]
+            processes = 2 if "namespaces" in walls else 1  # of a sandbox, and one for its program
+            busy = 2 * (processes + (ending != "wait"))
+            assert within(60, lambda: len(attacks.descendants(trainer.pid)) >= busy)
+            below = attacks.descendants(trainer.pid)
+            if ending == "kill":
+                trainer.kill()
+            else:
+                trainer.stdin.write(b"\n")
+                trainer.stdin.flush()
+            # the end of the program must not wait for the sandbox
+            assert trainer.wait(timeout=60) == (-9 if ending == "kill" else 0)
+            assert within(60, lambda: not any(Path(f"/proc/{pid}").exists() for pid in below))
+        finally:
             trainer.kill()
-        assert trainer.wait(timeout=20) == (-9 if ending == "kill" else 0), (
-            "the end of the program must not wait for the sandbox"
-        )
-        deadline = time.monotonic() + 5
-        while any(Path(f"/proc/{pid}").exists() for pid in below) and time.monotonic() < deadline:
-            time.sleep(0.05)
-        assert [pid for pid in below if Path(f"/proc/{pid}").exists()] == [], (source, ending)
+
+
+def within(seconds: float, happens: Callable[[], bool]) -> bool:
+    deadline = time.monotonic() + seconds
+    while not happens() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return happens()
+
+
+DISTURBING = ("state", "patched", "forged", "flood", "signal", "memory in a", "stop", "close")
 
 
 def test_honest_programs_among_attacks(fast):
-    """Guards programs refused for their style, attacks that score, and attacks that disturb the sample after them."""
-    assert len(attacks.sources()) + len(attacks.CALLS) >= 240 and len(honest()) >= 190
+    """Guards programs refused for their style, attacks that score, and attacks that disturb the sample after them: of
+    the attacks those that could, and some that are ended in each way. All of them: test_no_attack_works."""
+    assert len(honest()) >= 190
     with attacks.Field() as field:
         hostile = [
             (name, fenced(source), task([(field.given, "escaped")]))
             for name, source in attacks.sources().items()
+            if name.startswith(DISTURBING)
         ]
         calls = [("[1, 2]", "12345"), ("[1, 2]", "12345")]
         hostile += [
             (name, fenced(source), task(calls, "solve")) for name, source in attacks.CALLS.items()
         ]
+        assert len(hostile) >= 50
         cases = [(*case, True) for case in honest()] + [(*case, False) for case in hostile]
         random.Random(0).shuffle(cases)
         rewards.start({"code"})
@@ -390,14 +411,13 @@ def test_honest_programs_among_attacks(fast):
             "crash",
             "output",
         }
-        assert (
-            field.leftovers() == []
-            and len(attacks.descendants(os.getpid())) <= idle + pool.default_workers() * 2
-        )
+        assert field.leftovers() == []
+        assert len(attacks.descendants(os.getpid())) <= idle + pool.default_workers() * 2
 
 
 def as_user(user: int | None, off: list[str], tmp_path: Path) -> dict:
-    """tests/attacks.py in a process of its own, of this user, with these layers off."""
+    """tests/attacks.py with these layers off, in a new interpreter, since a process cannot change its user and come
+    back."""
     folder, pythons = tmp_path, [sys.executable, "/usr/bin/python3"]
     if user is not None:
         if os.geteuid() != 0:
@@ -433,16 +453,25 @@ def runs(python: str, user: int) -> bool:
         return False
 
 
+def check_attacks(result: dict, off: list[str] = ()) -> None:
+    assert {"seccomp", "rlimits"} <= set(result["layers"]) and not set(off) & set(result["layers"])
+    assert result["escaped"] == result["slow"] == result["leftovers"] == []
+    assert result["tried"] >= 220
+
+
+def test_no_attack_works():
+    """Guards the machine and the user that these tests have, and what CI sees of every wall."""
+    check_attacks(attacks.run(seconds=0.1))
+
+
+@pytest.mark.full
 @pytest.mark.parametrize(
     "user, off", [(None, []), (None, ["namespaces"]), (ORDINARY, []), (ORDINARY, ["namespaces"])]
 )
-def test_no_attack_works(user, off, tmp_path):
+def test_no_attack_works_in_any_setting(user, off, tmp_path):
     """Guards each setting: as it is started here, an ordinary user, and both as in a container without namespaces."""
     result = as_user(user, off, tmp_path)
-    assert {"seccomp", "rlimits"} <= set(result["layers"]) and not set(off) & set(result["layers"])
-    assert (
-        result["escaped"] == result["slow"] == result["leftovers"] == [] and result["tried"] >= 220
-    )
+    check_attacks(result, off)
     assert user is None or result["user"] == user
 
 
@@ -454,32 +483,28 @@ READ = {
     "command of the trainer",
     "own maps",
 }
-LAYERS = [  # switched off -> what works then, among others; the other layers still stand
-    (
-        ("seccomp",),
-        {
-            "fork",
-            "clone by machine code",
-            "signal to the parent",
-            "netlink",
-            "key ring",
-            "dumpable",
-        },
-    ),
-    (
-        ("landlock", "open"),
-        READ,
-    ),  # "open": seccomp refuses to open any file where Landlock is missing
-    (("rlimits",), {"above the memory limit"}),
-    (("seccomp", "landlock"), {"spawn", "exec", "system", "temporary file", "listen"} | READ),
-]
+LAYERS = {  # switched off -> what works then, among others; the other layers still stand
+    ("seccomp",): {
+        "fork",
+        "clone by machine code",
+        "signal to the parent",
+        "netlink",
+        "key ring",
+        "dumpable",
+    },
+    # "open": seccomp refuses to open any file where Landlock is missing
+    ("landlock", "open"): READ,
+    ("rlimits",): {"above the memory limit"},
+    ("seccomp", "landlock"): {"spawn", "exec", "system", "temporary file", "listen"} | READ,
+}
 HARMLESS = ["loopback", "abstract socket", "signal to the trainer", "read a password"]
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="an ordinary user has other layers to switch off")
-@pytest.mark.parametrize("off, works", LAYERS, ids=str)
-def test_each_layer_stops_something(off, works):
+@pytest.mark.parametrize("off", LAYERS, ids=" ".join)
+def test_each_layer_stops_something(off):
     """Guards a layer that does nothing, and attacks that could not work anywhere."""
+    works = LAYERS[off]
     assert attacks.run(names=sorted(works))["escaped"] == []
     result = attacks.run(off, sorted(works))
     if set(off) & {"landlock", "seccomp", "rlimits"} != set(off) - {"open"} or len(

@@ -2,6 +2,7 @@
 
 import json
 import re
+from functools import partial
 
 import datasets
 import fixtures
@@ -600,11 +601,15 @@ def test_two_sources_for_two_tasks(tmp_path, tok):
     assert loaded.weights == {task: len(rows) for task, rows in loaded.train.items()}
 
 
-def test_generated_tasks_need_no_source(tok):
-    """Guards the default task."""
-    loaded = load(tok, task="countdown,countdown3", template="base", eval_rows=5, seed=3)
+def test_generated_tasks_need_no_source(tok, monkeypatch):
+    """Guards the default task: fewer rows of it than there are, a seed that nobody reads."""
+    for task, count in (("countdown", 200), ("countdown3", 100)):
+        monkeypatch.setitem(data.TASKS, task, partial(data.TASKS[task], train=count))
+    both = {"task": "countdown,countdown3", "template": "base", "eval_rows": 5}
+    loaded, other = (load(tok, **both, seed=seed) for seed in (3, 4))
     assert {len(rows) for rows in loaded.test.values()} == {5}
-    assert loaded.weights == {"countdown": 20_000, "countdown3": 10_000}
+    assert loaded.weights == {"countdown": 200, "countdown3": 100}
+    assert loaded.train != other.train
 
 
 @pytest.mark.parametrize(
