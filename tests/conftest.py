@@ -12,8 +12,6 @@ os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(
     prefix="ppo-tests-"
 )  # before anybody imports `datasets`
 atexit.register(shutil.rmtree, os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
-if "datasets" in sys.modules:  # in a job of tests/launch.py: it has the path of its server
-    sys.modules["datasets"].config.HF_DATASETS_CACHE = Path(os.environ["HF_DATASETS_CACHE"])
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import ppo  # noqa: E402, F401  before any other import of transformers: see the guard at its top
 

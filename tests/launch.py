@@ -6,8 +6,8 @@ libraries.
     done = launch.run("ppo.py", *flags, ranks=2)              # under torch's elastic launcher; 4 s, with vLLM 7 s
     job = launch.start("ppo.py", *flags)                      # beside others; then job.until("step 2"), job.wait()
 
-The server knows libraries only. A job imports our own files itself, from `cwd`, so a copy with a planted fault is that
-copy. No job sees what another one has left in memory. Left out on purpose: interpreter flags (`-c`, `-m`), pools.
+The server knows libraries only. A job imports our own files itself, from where its script is: a copy with a planted
+fault is that copy. No job sees what another one has left in memory. Left out on purpose: interpreter flags (`-c`, `-m`), pools.
 """
 
 import atexit
@@ -24,7 +24,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing import connection, forkserver
 from pathlib import Path
@@ -84,14 +84,9 @@ class Job:
         return Ended(code, self.said())
 
     def kill(self) -> None:
-        """It and all that it has started, at once."""
-        with_children = f"/proc/{self.pid}/task/{self.pid}/children"
-        ranks = Path(with_children).read_text().split() if Path(with_children).exists() else []
-        for pid in (self.pid, *map(int, ranks)):  # each rank leads a group of its own
-            try:
-                os.killpg(pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
+        """It and its ranks, at once."""
+        with suppress(ProcessLookupError):
+            os.killpg(self.pid, signal.SIGKILL)
         with one_at_a_time:
             self.process.join()
 
@@ -113,8 +108,7 @@ def start(
             log = Path(name)
         log.touch()
         words = [str(word) for word in command]
-        whole_env = os.environ | (env or {})
-        job = (words, ranks, str(cwd), str(log), dict(whole_env))
+        job = (words, ranks, str(cwd), str(log), os.environ | (env or {}))
         process = processes.Process(target=become, args=job)
         process.start()
     return Job(process, log)
@@ -171,10 +165,6 @@ def become(command: list[str], ranks: int, cwd: str, log: str, env: dict[str, st
     signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored below a shell's `&`
     os.environ.clear()
     os.environ.update(env)
-    import datasets
-
-    if "HF_DATASETS_CACHE" in env:  # read when it was imported: in the server
-        datasets.config.HF_DATASETS_CACHE = Path(env["HF_DATASETS_CACHE"])
     os.chdir(cwd)
     said = os.open(log, os.O_WRONLY | os.O_APPEND)
     os.dup2(said, 1)

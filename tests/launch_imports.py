@@ -1,4 +1,5 @@
-"""What the server of tests/launch.py has imported before it forks: libraries, nothing of ours, nothing with a thread."""
+"""What the server of tests/launch.py has imported before it forks: libraries, nothing of ours, nothing with a thread.
+Left out on purpose: `datasets`. It reads the folder of its cache when it is imported, and that is the job's to say."""
 
 import gc
 import os
@@ -9,7 +10,6 @@ import transformers.integrations.hub_kernels  # noqa: F401
 
 del sys.modules["kernels"]
 import accelerate.utils.fsdp_utils  # noqa: F401
-import datasets  # noqa: F401
 import hypothesis  # noqa: F401
 import pytest  # noqa: F401
 import torch.distributed.launcher.api  # noqa: F401

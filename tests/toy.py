@@ -67,47 +67,18 @@ def make_model(path: str, layers: int = 2) -> None:
     Qwen2ForCausalLM(config).save_pretrained(path)
 
 
+FLAGS = """--task toy --engine torch --steps 40 --prompts_per_step 128 --minibatch_size 64
+    --ppo_epochs 2 --max_prompt_tokens 4 --max_new_tokens 6 --max_tokens_per_microbatch 512
+    --temperature 0.7 --entropy_coef 0.01 --lr 1e-3 --critic_lr 3e-3
+    --no-gradient_checkpointing""".split()
+
+
 def run(out: str, *flags: str) -> list[dict]:
     data.TASKS["toy"], rewards.REWARDS["toy"] = load_toy, toy
     if "--model" not in flags:
         make_model(f"{out}.model")
         flags = ("--model", f"{out}.model", *flags)
-    return ppo.train(
-        ppo.parse_args(
-            [
-                "--out",
-                out,
-                "--task",
-                "toy",
-                "--engine",
-                "torch",
-                "--steps",
-                "40",
-                "--prompts_per_step",
-                "128",
-                "--max_prompt_tokens",
-                "4",
-                "--max_new_tokens",
-                "6",
-                "--temperature",
-                "0.7",
-                "--entropy_coef",
-                "0.01",
-                "--minibatch_size",
-                "64",
-                "--ppo_epochs",
-                "2",
-                "--max_tokens_per_microbatch",
-                "512",
-                "--lr",
-                "1e-3",
-                "--critic_lr",
-                "3e-3",
-                "--no-gradient_checkpointing",
-                *flags,
-            ]
-        )
-    )
+    return ppo.train(ppo.parse_args(["--out", out, *FLAGS, *flags]))
 
 
 if __name__ == "__main__":

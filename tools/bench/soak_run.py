@@ -166,31 +166,7 @@ def soak(
 def toy_flags(folder: Path, steps: int, model: str | None = None) -> list[str]:
     if not model:
         toy.make_model(model := str(folder / "toy"))
-    # those of toy.run, in which the flags of TOY stand last
-    return [
-        "--model",
-        model,
-        "--task",
-        "toy",
-        "--engine",
-        "torch",
-        "--max_prompt_tokens",
-        "4",
-        "--max_new_tokens",
-        "6",
-        "--temperature",
-        "0.7",
-        "--entropy_coef",
-        "0.01",
-        "--lr",
-        "1e-3",
-        "--critic_lr",
-        "3e-3",
-        "--no-gradient_checkpointing",
-        *TOY,
-        "--steps",
-        str(steps),
-    ]
+    return ["--model", model, *toy.FLAGS, *TOY, "--steps", str(steps)]  # the last ones win
 
 
 def main(folder: Path, steps: int = 1000, *worlds: int, engine: str = "torch") -> int:
